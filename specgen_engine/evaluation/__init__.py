@@ -1,0 +1,1 @@
+"""Compile, check and time candidate kernels; the contract is in base.py."""

@@ -1,0 +1,122 @@
+"""The contract of evaluation: a task and a candidate go in, one verdict comes out.
+
+No torch here: the controller, the replay and the simulator import this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class Status(StrEnum):
+    """The closed set of outcomes (DESIGN.md, Reports)."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    COMPILE_ERROR = "compile_error"
+    RUNTIME_ERROR = "runtime_error"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+
+class Stage(StrEnum):
+    """What a job is doing; a verdict carries the seconds of each stage it went through."""
+
+    QUEUED = "queued"
+    COMPILE = "compile"
+    CHECK = "check"
+    TIME = "time"
+
+
+def source_hash(source: str) -> str:
+    """First 16 hex digits of SHA-256 over the source with trailing blanks and blank edges removed."""
+    normal = "\n".join(line.rstrip() for line in source.strip().splitlines())
+    return hashlib.sha256(normal.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A reference module in KernelBench form: Model, get_inputs() -> list, get_init_inputs() -> list."""
+
+    source: str
+    name: str = "task"
+
+    @property
+    def hash(self) -> str:
+        return source_hash(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A complete module that defines ModelNew."""
+
+    source: str
+
+    @property
+    def hash(self) -> str:
+        return source_hash(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is known of a candidate once it has run, or why it did not.
+
+    speedup: reference time / candidate time, both medians of the same run; only with CORRECT.
+    interval: (low, high) 95 % confidence interval of speedup.
+    reason: one line for people; digest: the lines of an error that a language model can use.
+    stages: seconds by Stage value.
+    """
+
+    candidate: str
+    status: Status
+    reason: str = ""
+    digest: str = ""
+    speedup: float | None = None
+    interval: tuple[float, float] | None = None
+    candidate_ms: float | None = None
+    reference_ms: float | None = None
+    device: str = "cpu"
+    sandbox: str = "process"
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.status is Status.CORRECT) != (self.speedup is not None):
+            raise ValueError(f"verdict {self.candidate}: speedup={self.speedup} does not go with status {self.status}")
+
+
+class Job(Protocol):
+    """A submitted evaluation. events() ends after the last stage; verdict() never raises for candidate faults."""
+
+    @property
+    def id(self) -> str: ...
+    def events(self) -> AsyncIterator[Stage]: ...
+    async def verdict(self) -> Verdict: ...
+    def cancel(self) -> None: ...
+
+
+class Pool(Protocol):
+    """Where candidates are evaluated; local or, later, on other hosts."""
+
+    async def start(self) -> None: ...
+    async def check_task(self, task: Task) -> str | None:
+        """Runs the reference in a worker; None when usable, else one line saying what is wrong with it."""
+        ...
+
+    def submit(
+        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0.0, deadline: float | None = None
+    ) -> Job:
+        """Queue one evaluation. deadline is a time.monotonic() value; raises ValueError when it has passed."""
+        ...
+
+    def cancel_search(self, search: str) -> int:
+        """Cancel queued and running jobs of a search; returns how many."""
+        ...
+
+    def snapshot(self) -> dict[str, object]: ...
+    async def close(self) -> None: ...
