@@ -52,9 +52,7 @@ def _usable(one: Scored) -> bool:
 
 def best(scored: Iterable[Scored]) -> Scored | None:
     """The fastest correct candidate, the earlier one of two equals; None when none is correct."""
-    return max(
-        (one for one in scored if _usable(one)), key=lambda one: (one.speedup or 0.0, -one.order), default=None
-    )
+    return max((one for one in scored if _usable(one)), key=lambda one: (one.speedup or 0.0, -one.order), default=None)
 
 
 def _verdicts(scored: Sequence[Scored]) -> list[Scored]:
@@ -64,7 +62,7 @@ def _verdicts(scored: Sequence[Scored]) -> list[Scored]:
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """"none": the reasoning runs to its own end."""
+    """Spec ``none``: the reasoning runs to its own end."""
 
     spec: str = "none"
 
@@ -74,7 +72,7 @@ class Never:
 
 @dataclass(frozen=True, slots=True)
 class FirstCorrect:
-    """"correct": the first correct candidate, fast or slow."""
+    """Spec ``correct``: the first correct candidate, fast or slow."""
 
     spec: str = "correct"
 
@@ -85,7 +83,7 @@ class FirstCorrect:
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """"speedup:X": a correct candidate at least X times as fast as the reference."""
+    """Spec ``speedup:X``: a correct candidate at least X times as fast as the reference."""
 
     target: float
 
@@ -102,7 +100,7 @@ class Speedup:
 
 @dataclass(frozen=True, slots=True)
 class BestOf:
-    """"best_of:K": the best correct candidate once K verdicts are there; later ones while none is correct."""
+    """Spec ``best_of:K``: the best correct candidate once K verdicts are there; later ones while none is correct."""
 
     verdicts: int
 
@@ -119,7 +117,7 @@ class BestOf:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """"plateau:K": a correct candidate faster than the reference, then K verdicts in a row without 5 % gain over it.
+    """Spec ``plateau:K``: a correct candidate faster than the reference, then K verdicts in a row without 5 % gain over it.
 
     A gain in small steps counts once their sum reaches 5 % of the candidate that the count started from.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 ENTRY_POINT_GROUP = "specgen.triggers"
 TRANSITION_WORDS = ("wait", "alternatively", "actually", "let me")
@@ -21,7 +21,6 @@ _LONGEST_WORD = max(map(len, TRANSITION_WORDS))
 _SENTENCE_LEAD = "*_#>-\"'( \t"
 
 
-@runtime_checkable
 class Trigger(Protocol):
     """Decides at which decoded tokens a fork is made.
 
@@ -46,7 +45,7 @@ class Trigger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Never:
-    """"none": no fork at all."""
+    """Spec ``none``: no fork at all."""
 
     spec: str = "none"
 
@@ -59,7 +58,7 @@ class Never:
 
 @dataclass(frozen=True, slots=True)
 class EveryN:
-    """"every:N": at reasoning tokens N, 2N, 3N ..."""
+    """Spec ``every:N``: at reasoning tokens N, 2N, 3N ..."""
 
     tokens: int
 
@@ -123,8 +122,9 @@ def scan(state: Lines, piece: str) -> tuple[Lines, Ended]:
     """Feed one piece of text of any length; a blank line counts as a paragraph's end once, outside fences only."""
     if "\n" not in piece:
         head, fence, text, defines = state
-        if len(head) >= _HEAD_CHARS:
-            return state, _NOTHING
+        first = head[:1]
+        if (first.isalnum() and first != "c") or len(head) >= _HEAD_CHARS:
+            return state, _NOTHING  # neither blank, nor a fence, nor class ModelNew: the rest of the line can't matter
         return Lines(head + piece, fence, text, defines), _NOTHING
     head, fence, text, defines = state
     paragraph = closed = draft = False
@@ -147,7 +147,7 @@ def scan(state: Lines, piece: str) -> tuple[Lines, Ended]:
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """"paragraph": the token that completes a blank line after a paragraph, outside code fences."""
+    """Spec ``paragraph``: the token that completes a blank line after a paragraph, outside code fences."""
 
     spec: str = "paragraph"
 
@@ -161,7 +161,7 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """"fence": the token that completes the line which closes a code fence."""
+    """Spec ``fence``: the token that completes the line which closes a code fence."""
 
     spec: str = "fence"
 
@@ -175,7 +175,7 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """"draft": a closed code fence in which ModelNew is defined; such a block can be harvested without a generation."""
+    """Spec ``draft``: a closed code fence in which ModelNew is defined; such a block can be harvested without a generation."""
 
     spec: str = "draft"
 
@@ -196,7 +196,7 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """"transition": a sentence that starts with one of TRANSITION_WORDS (the model changes its mind)."""
+    """Spec ``transition``: a sentence that starts with one of TRANSITION_WORDS (the model changes its mind)."""
 
     spec: str = "transition"
 
@@ -298,7 +298,7 @@ def _member(text: str) -> Member:
             raise ValueError("min= needs a whole number of tokens from 1 to 10000000, as in paragraph:min=200")
         gap = int(number)
     trigger = _factory(name)(":".join(parts) if parts else None)
-    if not isinstance(trigger, Trigger):
+    if not all(hasattr(trigger, name) for name in ("spec", "start", "step")):
         raise ValueError(f"the plug-in {name!r} gave {type(trigger).__name__}, which has no spec, start and step")
     return Member(text, trigger, gap)
 
