@@ -13,6 +13,6 @@ def find_task(prompt_text: str) -> str | None:
     The last one, because prompts in KernelBench form show a worked example before the task itself.
     """
     for block in reversed(fenced_blocks(prompt_text)):
-        if block.closed and block.language in PYTHON_LANGUAGES and TASK_NAMES <= (module_names(block.source) or set()):
+        if block.closed and block.language in PYTHON_LANGUAGES and (module_names(block.source) or set()) >= TASK_NAMES:
             return block.source
     return None

@@ -1,0 +1,81 @@
+"""`specgen`: serve, replay, demo, evaluate, doctor. Data on stdout, talk on stderr; exit 2 with one line on bad input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specgen_engine.errors import SpecGenError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="sglang.launch_server with --enable-specgen; --cpu and --smollm add what a machine without a GPU needs.",
+)
+def serve(context: typer.Context) -> None:
+    from specgen_engine.serving.command import serve as run
+
+    run(context.args)
+
+
+@app.command()
+def replay(
+    traces: Annotated[list[Path], typer.Argument(help="trace folders, or folders of them", metavar="DIR...")],
+    mode: Annotated[str, typer.Option(help="sequential: reason, then evaluate; specgen: fork, evaluate, end early")] = "specgen",
+    trigger: Annotated[str, typer.Option(help="every:N, paragraph, fence, joined by +; none")] = "every:400",
+    termination: Annotated[str, typer.Option(help="plateau:K, speedup:X, best_of:K, correct, none")] = "plateau:3",
+    json: Annotated[Path | None, typer.Option(help="write the report (specgen.report/1) to this file", metavar="FILE")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="play only the first N iterations of each trace")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="candidates evaluated at once")] = 1,
+    model: Annotated[str | None, typer.Option(help="model folder; default: a tiny random-weight model on the CPU")] = None,
+    page_size: Annotated[int, typer.Option(help="KV page size in tokens")] = 1,
+) -> None:
+    """Recorded reasoning through the real engine: it computes every token, the recorded ids replace the sampled ones."""
+    from specgen_engine.replay.command import ReplayOptions, replay as run
+
+    run(ReplayOptions(tuple(traces), mode, trigger, termination, json, iterations, workers, model, page_size))
+
+
+@app.command()
+def demo() -> None:
+    """Sequential and SpecGen on the bundled CPU trace: both timelines, the accepted kernel, the ratio."""
+    from specgen_engine.replay.demo import demo as run
+
+    run()
+
+
+@app.command()
+def evaluate(
+    task: Annotated[Path, typer.Argument(help="reference module: Model, get_inputs, get_init_inputs")],
+    candidates: Annotated[list[Path], typer.Argument(help="modules that define ModelNew, or recorded answers (.md)")],
+    device: Annotated[str, typer.Option(help="cpu or cuda:N")] = "cpu",
+    profile: Annotated[bool, typer.Option("--profile", help="profile the correct ones")] = False,
+    json: Annotated[Path | None, typer.Option(help="write verdicts (specgen.verdicts/1) to this file", metavar="FILE")] = None,
+) -> None:
+    """Compile, check and time candidate kernels; exit 0 when all ran, whatever their verdicts."""
+    from specgen_engine.evaluation.command import evaluate as run
+
+    run(task, candidates, device=device, profile=profile, json=json)
+
+
+@app.command()
+def doctor(
+    json: Annotated[Path | None, typer.Option(help="write the findings to this file", metavar="FILE")] = None,
+) -> None:
+    """Versions, GPUs, compilers, profilers, hooks; and what each missing piece costs."""
+    from specgen_engine.doctor import doctor as run
+
+    run(json)
+
+
+def main() -> None:
+    try:
+        app()
+    except (SpecGenError, ValueError) as error:
+        print(f"specgen: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

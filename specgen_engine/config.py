@@ -1,0 +1,192 @@
+"""Configuration: one pydantic model, read from TOML and --specgen-* flags.
+
+Absent means default; present but wrong is an error naming the key, its line and the remedy, never the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from specgen_engine.controller.termination import parse_termination
+from specgen_engine.controller.thinking import style_of
+from specgen_engine.controller.triggers import parse_trigger
+from specgen_engine.errors import ConfigError
+
+
+def _trigger_spec(spec: str) -> str:
+    parse_trigger(spec)
+    return spec
+
+
+def _termination_spec(spec: str) -> str:
+    parse_termination(spec)
+    return spec
+
+
+def _thinking_spec(spec: str) -> str:
+    if spec != "auto":
+        style_of(None, None, spec)
+    return spec
+
+
+ThinkingSpec = Annotated[str, AfterValidator(_thinking_spec)]
+TriggerSpec = Annotated[str, AfterValidator(_trigger_spec)]
+TerminationSpec = Annotated[str, AfterValidator(_termination_spec)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ForkConfig(Section):
+    nudge: str = Field("", description="text after the closed thinking that a fork starts its answer with")
+    temperature: float | None = Field(None, ge=0, le=2, description="sampling temperature of forks; default: the base request's")
+    max_tokens: int = Field(2048, ge=1, description="cap on the tokens of one fork")
+    per_search: int = Field(4, ge=1, description="forks in flight for one search")
+    total: int = Field(16, ge=1, description="forks in flight on this server")
+
+
+class SchedulerConfig(Section):
+    batch_share: float = Field(0.5, gt=0, le=1, description="largest share of the running batch that forks may take")
+    headroom: float = Field(0.05, ge=0, lt=1, description="share of the KV pool that admitting a fork must leave free")
+
+
+class EvaluationConfig(Section):
+    workers: int = Field(1, ge=1, description="candidates evaluated at once")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N")
+    compile_s: float = Field(60, gt=0, description="seconds a candidate may take to compile")
+    check_s: float = Field(30, gt=0, description="seconds the correctness check may take")
+    time_s: float = Field(30, gt=0, description="seconds the timing may take")
+    memory_gb: float = Field(8, gt=0, description="memory a candidate's process may take, in GiB")
+    sandbox: Literal["auto", "require", "off"] = Field("auto", description="isolation of candidates; require refuses less than the best")
+
+
+class TaskConfig(Section):
+    source: Literal["explicit", "prompt"] = Field("explicit", description="prompt: also take a task from a fenced module in the prompt")
+    roots: tuple[Path, ...] = Field((), description="folders that task paths in requests may point into")
+
+
+class SpecGenConfig(Section):
+    """Everything an operator can set. A request may narrow trigger, termination and fork within it."""
+
+    trigger: TriggerSpec = Field("every:400", description="when to fork: every:N, paragraph, fence, joined by +")
+    termination: TerminationSpec = Field("plateau:3", description="when to end the reasoning: plateau:K, speedup:X, best_of:K, correct, none")
+    thinking: ThinkingSpec = Field("auto", description="how the model marks its reasoning: auto, a style's name, or OPEN...CLOSE")
+    grace_s: float = Field(30, ge=0, description="seconds that verdicts are awaited once the base has answered by itself")
+    fork: ForkConfig = Field(default_factory=ForkConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tasks: TaskConfig = Field(default_factory=TaskConfig)
+    replay: tuple[Path, ...] = Field((), description="trace folders; recorded ids replace sampled ones")
+    history: int = Field(256, ge=1, description="finished searches kept for GET /specgen/searches")
+
+
+def leaves(model: type[BaseModel] = SpecGenConfig, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, field) of every settable value."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from leaves(info.annotation, (*prefix, name))
+        else:
+            yield (*prefix, name), info
+
+
+def flag_of(path: tuple[str, ...]) -> str:
+    """tasks.source is spelt --specgen-tasks, the rest by its path."""
+    names = path[:-1] if path == ("tasks", "source") else path
+    return "--specgen-" + "-".join(names).replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flag, the file and one override a leaf; all absent by default, so that absence can be told from a value."""
+    group = parser.add_argument_group("SpecGen engine")
+    group.add_argument("--enable-specgen", action="store_true", help="fork kernels out of running reasoning")
+    group.add_argument("--specgen-config", type=Path, metavar="FILE", help="TOML file with the settings below")
+    for path, info in leaves():
+        many = get_origin(info.annotation) is tuple
+        default = info.get_default(call_default_factory=True)
+        group.add_argument(
+            flag_of(path),
+            dest="specgen__" + "__".join(path),
+            default=argparse.SUPPRESS,
+            nargs="+" if many else None,
+            metavar="DIR" if many else path[-1].upper(),
+            help=f"{info.description} (default: {default!r})".replace("%", "%%"),
+        )
+
+
+def from_arguments(args: argparse.Namespace) -> SpecGenConfig:
+    """Merge the file and the overrides.
+
+    Raises ConfigError naming the key, the file and line or the flag, and what is expected.
+    """
+    file: Path | None = getattr(args, "specgen_config", None)
+    tree, text = _read(file) if file else ({}, "")
+    from_flags = {}
+    for path, _info in leaves():
+        dest = "specgen__" + "__".join(path)
+        if hasattr(args, dest):
+            from_flags[path] = getattr(args, dest)
+            _put(tree, path, getattr(args, dest), file)
+    try:
+        return SpecGenConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file, text, from_flags)) from None
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--specgen-config {file}: cannot be read ({error}); give a readable UTF-8 TOML file") from None
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--specgen-config {file}: not TOML: {error}") from None
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, file: Path | None) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--specgen-config {file}: {name}: must be a table [{name}], got {tree!r}")
+    tree[path[-1]] = value
+
+
+def _explain(error: ValidationError, file: Path | None, text: str, flags: dict[tuple[str, ...], Any]) -> str:
+    lines = []
+    for item in error.errors():
+        path = tuple(str(part) for part in item["loc"])
+        known = next((flag for flag in flags if path[: len(flag)] == flag), None)
+        where = flag_of(known) if known else f"--specgen-config {file}:{_line_of(text, path)}: {'.'.join(path)}"
+        lines.append(f"{where}: {item['msg']} (got {item['input']!r})")
+    return "; ".join(lines)
+
+
+def _line_of(text: str, path: tuple[str, ...]) -> int:
+    """Line of a key in TOML text; tomllib keeps no positions."""
+    table, names = "", [part for part in path if not part.isdigit()]
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+            table = header.group(1).strip()
+            if table == ".".join(names):
+                return number
+        elif key := re.match(r"\s*([\w.\-\"']+)\s*=", line):
+            full = [*(table.split(".") if table else []), *key.group(1).replace('"', "").split(".")]
+            if full == names[: len(full)]:
+                return number
+    return 1
+
+
+def choices_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Allowed words of a Literal leaf, for docs and shell completion."""
+    info = dict(leaves())[path]
+    return get_args(info.annotation) if get_origin(info.annotation) is Literal else ()

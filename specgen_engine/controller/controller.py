@@ -1,0 +1,146 @@
+"""The controller of one server: its pool, its live sessions, and the searches that have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from specgen_engine.config import SpecGenConfig
+from specgen_engine.controller.engine import Output, SGLangEngine
+from specgen_engine.controller.report import SearchRecord
+from specgen_engine.controller.request import Plan
+from specgen_engine.controller.session import Session, SessionOptions
+from specgen_engine.controller.thinking import prompt_opens_thinking, style_of
+from specgen_engine.errors import RequestError
+from specgen_engine.evaluation.base import Pool
+from specgen_engine.observability.metrics import Metrics
+from specgen_engine.protocol import ForkPointDone, TriggerFired
+from specgen_engine.replay.book import ReplayBook
+
+logger = logging.getLogger(__name__)
+
+
+class Budget:
+    """Forks in flight on this server; a search gets none when all are out."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.taken: Counter[str] = Counter()
+
+    def take(self, search: str) -> bool:
+        if self.taken.total() >= self.total:
+            return False
+        self.taken[search] += 1
+        return True
+
+    def give_back(self, search: str) -> None:
+        self.taken[search] -= 1
+        if not self.taken[search]:
+            del self.taken[search]
+
+
+class Controller:
+    """One a TokenizerManager. `manager` is SGLang's; `make_pool` builds the evaluation pool at first use."""
+
+    def __init__(self, manager: Any, settings: SpecGenConfig, make_pool: Callable[[SpecGenConfig, Any], Pool]) -> None:
+        self.manager, self.settings = manager, settings
+        server = manager.server_args
+        template = getattr(manager.tokenizer, "chat_template", None)
+        override = None if settings.thinking == "auto" else settings.thinking
+        self.style = style_of(template if isinstance(template, str) else None, server.reasoning_parser, override)
+        self.budget = Budget(settings.fork.total)
+        self.sessions: dict[str, Session] = {}
+        self.history: OrderedDict[str, SearchRecord] = OrderedDict()
+        self.metrics = Metrics()
+        self.book = ReplayBook.load(settings.replay, manager.tokenizer, self.style) if settings.replay else None
+        self._make_pool = make_pool
+        self._pool: Pool | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.manager.tokenizer.encode(text, add_special_tokens=False))
+
+    def start(self) -> None:
+        """Build and start the pool; called once the server's event loop runs."""
+        if self._pool is None:
+            self._pool = self._make_pool(self.settings, self.manager.server_args)
+            self._starting = asyncio.get_running_loop().create_task(self._pool.start())
+
+    async def pool(self) -> Pool:
+        self.start()
+        assert self._pool is not None and self._starting is not None
+        await asyncio.shield(self._starting)
+        return self._pool
+
+    async def search(
+        self, generate: Callable[..., AsyncIterator[dict[str, Any]]], obj: Any, request: Any, plan: Plan, prompt: str
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Serve one base request as a search; yields what generate_request would."""
+        pool = await self.pool()
+        streaming, obj.stream = bool(obj.stream), True
+        if obj.rid is None:
+            obj.regenerate_rid()
+        prompt_ids = obj.input_ids if obj.input_ids is not None else self.manager.tokenizer.encode(prompt)
+        options = SessionOptions(
+            style=self.style,
+            opened=prompt_opens_thinking(self.style, prompt),
+            streaming=streaming,
+            per_search=self.settings.fork.per_search,
+            grace_s=self.settings.grace_s,
+            page_size=self.manager.server_args.page_size or 1,
+            prompt_ids=list(prompt_ids),
+        )
+        try:
+            script = self.book.recording(plan.task.hash, plan.iteration) if self.book else None
+        except ValueError as error:
+            raise RequestError("iteration", str(error)) from None
+        engine = SGLangEngine(self.manager, generate, obj, request)
+        session = Session(obj.rid, plan, options, engine, pool, self.budget, script)
+        self._open(session)
+        try:
+            async for output in session.outputs():
+                yield self._shape(output, session, obj)
+        finally:
+            await session.close()
+            self._close(session)
+
+    def _shape(self, output: Output, session: Session, obj: Any) -> dict[str, Any]:
+        shaped = {"text": output.text, "output_ids": output.ids, "meta_info": dict(output.meta)}
+        if output.finish is not None and session.plan.named and not session.options.streaming:
+            shaped["meta_info"]["specgen"] = session.record.to_dict()
+        if session.options.streaming and self.manager.incremental_streaming_output:
+            sent = session.sent
+            shaped["text"], shaped["output_ids"] = output.text[sent.text :], output.ids[sent.ids :]
+        session.sent = session.sent._replace(text=len(output.text), ids=len(output.ids))
+        return shaped
+
+    def _open(self, session: Session) -> None:
+        self.sessions[session.rid] = session
+        self.metrics.searches_running.set(len(self.sessions))
+
+    def _close(self, session: Session) -> None:
+        self.sessions.pop(session.rid, None)
+        self.history[session.rid] = session.record
+        while len(self.history) > self.settings.history:
+            self.history.popitem(last=False)
+        self.metrics.observe(session.record, len(self.sessions))
+
+    def record(self, search: str) -> SearchRecord | None:
+        session = self.sessions.get(search)
+        return session.record if session else self.history.get(search)
+
+    def records(self) -> list[SearchRecord]:
+        return [*self.history.values(), *(session.record for session in self.sessions.values())]
+
+    # ---- messages from the scheduler (rank 0 sends for all)
+
+    def on_trigger(self, message: TriggerFired) -> None:
+        session = self.sessions.get(message.rid or "")
+        if session is not None:
+            session.notify(message)
+
+    def on_point(self, message: ForkPointDone) -> None:
+        logger.debug("fork point %s: asked %d, inserted %d, %s", message.rid, message.asked, message.inserted, message.state)

@@ -1,0 +1,95 @@
+"""What is known of a search: the record behind sglext.specgen, GET /specgen/searches and `specgen replay`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from specgen_engine.evaluation.base import Status
+
+
+@dataclass(slots=True)
+class ForkRecord:
+    """at_token: reasoning tokens before the fork. prefix_reused: cached tokens of its input. Seconds from the start."""
+
+    n: int
+    trigger: str
+    at_token: int
+    prompt_tokens: int
+    input_tokens: int
+    started_s: float
+    prefix_inserted: int = 0
+    prefix_reused: int = 0
+    prefix_computed: int = 0
+    page_size: int = 1
+    tokens: int = 0
+    finished_s: float | None = None
+    candidate: str | None = None
+    state: str = "running"
+
+
+@dataclass(slots=True)
+class CandidateRecord:
+    """One distinct candidate. source: fork | base | draft. forks: numbers of the forks that wrote it."""
+
+    hash: str
+    source: str
+    submitted_s: float
+    forks: list[int] = field(default_factory=list)
+    recorded_answer: str | None = None
+    status: Status | None = None
+    speedup: float | None = None
+    interval: tuple[float, float] | None = None
+    candidate_ms: float | None = None
+    reference_ms: float | None = None
+    reason: str = ""
+    digest: str = ""
+    device: str = ""
+    sandbox: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
+    verdict_s: float | None = None
+
+
+@dataclass(slots=True)
+class SearchRecord:
+    """One search from its first token to its answer. ended_by: criterion | reasoning | budget | cancelled | error."""
+
+    id: str
+    task: str
+    task_hash: str
+    trigger: str
+    termination: str
+    created: float
+    named: bool = False
+    trace: str | None = None
+    iteration: int | None = None
+    state: str = "preparing"
+    prompt_tokens: int = 0
+    reasoning_tokens: int = 0
+    recorded_reasoning_tokens: int | None = None
+    answer_tokens: int = 0
+    fork_tokens: int = 0
+    forks_skipped: int = 0
+    ended_by: str | None = None
+    reason: str = ""
+    reasoning_s: float | None = None
+    wall_s: float | None = None
+    evaluation_s: float = 0.0
+    accepted: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    final: dict[str, Any] | None = None
+    warning: str = ""
+    forks: list[ForkRecord] = field(default_factory=list)
+    candidates: list[CandidateRecord] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; tokens and seconds by kind beside the flat fields."""
+        data = asdict(self)
+        data["tokens"] = {"reasoning": self.reasoning_tokens, "answer": self.answer_tokens, "fork": self.fork_tokens}
+        data["seconds"] = {"reasoning": self.reasoning_s, "total": self.wall_s, "evaluation": self.evaluation_s}
+        return data
+
+
+def summary_of(candidate: CandidateRecord | None) -> dict[str, Any] | None:
+    """{hash, source, speedup} as reports name a chosen candidate (DESIGN.md, Reports)."""
+    return candidate and {"hash": candidate.hash, "source": candidate.source, "speedup": candidate.speedup}

@@ -1,0 +1,128 @@
+"""What a request may ask for in custom_params.specgen, validated before anything runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from specgen_engine.config import SpecGenConfig, TerminationSpec, TriggerSpec
+from specgen_engine.controller.tasks_in_prompt import find_task
+from specgen_engine.errors import RequestError
+from specgen_engine.evaluation.base import Task
+
+
+class ForkOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nudge: str | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    max_tokens: int | None = Field(None, ge=1)
+
+
+class RequestOptions(BaseModel):
+    """custom_params.specgen: an object, or the same as a JSON string.
+
+    task: the source of a reference module, or a path under one of the server's --specgen-tasks-roots.
+    iteration: which recorded iteration a replaying server plays (default: the next one of the task).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str | None = None
+    name: str | None = Field(None, max_length=200)
+    trigger: TriggerSpec | None = None
+    termination: TerminationSpec | None = None
+    fork: ForkOptions = ForkOptions()
+    iteration: int | None = Field(None, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A search as it will run: the request's options over the server's configuration."""
+
+    task: Task
+    named: bool
+    trigger: str
+    termination: str
+    nudge: str
+    temperature: float | None
+    fork_tokens: int
+    iteration: int | None = None
+
+
+def take_out(sampling_params: dict[str, Any] | None) -> Any:
+    """Remove and return custom_params.specgen; a value nested in custom_params would break SGLang's own decoder."""
+    if not sampling_params or not isinstance(sampling_params.get("custom_params"), dict):
+        return None
+    custom = dict(sampling_params["custom_params"])
+    value = custom.pop("specgen", None)
+    sampling_params["custom_params"] = custom or None
+    return value
+
+
+def parse_options(value: Any) -> RequestOptions | bool | None:
+    """None: not named; False: opted out; else the options. Raises RequestError naming the field."""
+    if value is None or value is False:
+        return value
+    if value is True:
+        return RequestOptions()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RequestError("", f"not JSON ({error}); send an object, its JSON string, or false") from None
+        if value is None or isinstance(value, bool):
+            return parse_options(value)
+    if not isinstance(value, dict):
+        raise RequestError("", f"got {value!r:.80}; send an object, its JSON string, or false")
+    try:
+        return RequestOptions.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RequestError(field, f"{first['msg']} (got {first['input']!r:.80})") from None
+
+
+def plan_search(options: RequestOptions | None, prompt: str, config: SpecGenConfig) -> Plan | None:
+    """The search that a request asks for; None when it names none and its prompt holds no task we may take.
+
+    Raises RequestError when the request named specgen and no task can be had.
+    """
+    source = _task_source(options, config) if options is not None and options.task is not None else None
+    if source is None and (options is not None or config.tasks.source == "prompt"):
+        source = find_task(prompt)
+    if source is None:
+        if options is not None:
+            raise RequestError("task", "missing, and no fenced module in the prompt defines Model, get_inputs and get_init_inputs")
+        return None
+    asked = options or RequestOptions()
+    fork = asked.fork
+    return Plan(
+        task=Task(source, asked.name or "task"),
+        named=options is not None,
+        trigger=asked.trigger or config.trigger,
+        termination=asked.termination or config.termination,
+        nudge=config.fork.nudge if fork.nudge is None else fork.nudge,
+        temperature=config.fork.temperature if fork.temperature is None else fork.temperature,
+        fork_tokens=min(fork.max_tokens or config.fork.max_tokens, config.fork.max_tokens),
+        iteration=asked.iteration,
+    )
+
+
+def _task_source(options: RequestOptions, config: SpecGenConfig) -> str:
+    text = options.task or ""
+    if "\n" in text:
+        return text
+    if not config.tasks.roots:
+        raise RequestError("task", f"{text!r} looks like a path, and the server allows none (--specgen-tasks-roots); send the source")
+    path = Path(text).resolve()
+    if not any(path.is_relative_to(root.resolve()) for root in config.tasks.roots):
+        raise RequestError("task", f"{text!r} is outside the folders that the server allows; send the source instead")
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError("task", f"{text!r} cannot be read ({error.__class__.__name__}); send the source instead") from None

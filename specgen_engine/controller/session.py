@@ -1,0 +1,545 @@
+"""A Session drives one base request: it forks, evaluates, decides and grafts.
+
+One task owns all state and reads one queue of events, so nothing here needs a lock. States:
+
+    reasoning -> answering -> competing -> ended        the base answers by itself
+    reasoning -> ended                                  the criterion is met; the reasoning is ended and grafted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+from specgen_engine.controller.answers import extract_candidate
+from specgen_engine.controller.engine import Engine, Output
+from specgen_engine.controller.graft import graft
+from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
+from specgen_engine.controller.request import Plan
+from specgen_engine.controller.termination import Decision, Scored, best, parse_termination
+from specgen_engine.controller.thinking import Phase, ReasoningPhase, ThinkingStyle, fork_suffix, split_thinking
+from specgen_engine.errors import RequestError
+from specgen_engine.evaluation.base import Candidate, Job, Pool, Stage, Status, Verdict
+from specgen_engine.protocol import EndSearch, ReplayScript, TriggerFired, WatchSearch, fork_rid, forks_of
+
+logger = logging.getLogger(__name__)
+DISCONNECT_POLL_S = 1.0
+
+
+class State(StrEnum):
+    PREPARING = "preparing"
+    REASONING = "reasoning"
+    ANSWERING = "answering"
+    COMPETING = "competing"
+    ENDED = "ended"
+
+
+class ForkBudget(Protocol):
+    """Forks in flight on the whole server."""
+
+    def take(self, search: str) -> bool: ...
+    def give_back(self, search: str) -> None: ...
+
+
+class Script(Protocol):
+    """A recorded iteration that this search replays (replay.book.Recording)."""
+
+    @property
+    def trace(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def reasoning_tokens(self) -> int: ...
+
+    def base_ids(self, opened: bool) -> list[int]: ...
+    def fork_ids(self, at_token: int) -> tuple[str | None, list[int]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What does not change while the session runs."""
+
+    style: ThinkingStyle
+    opened: bool
+    streaming: bool
+    per_search: int
+    grace_s: float
+    page_size: int
+    prompt_ids: list[int]
+
+
+class Sent(NamedTuple):
+    """Characters and ids that the client has already got."""
+
+    text: int = 0
+    ids: int = 0
+
+
+class BaseOutput(NamedTuple):
+    output: Output
+
+
+class BaseFailed(NamedTuple):
+    error: BaseException
+
+
+class TaskChecked(NamedTuple):
+    problem: str | None
+
+
+class ForkDone(NamedTuple):
+    record: ForkRecord
+    output: Output | None
+    error: str
+
+
+class VerdictIn(NamedTuple):
+    record: CandidateRecord
+    verdict: Verdict
+
+
+class GraceOver(NamedTuple):
+    pass
+
+
+class Session:
+    """See the module. outputs() yields what the client gets; close() may be called at any time, more than once."""
+
+    def __init__(
+        self, rid: str, plan: Plan, options: SessionOptions, engine: Engine, pool: Pool, budget: ForkBudget,
+        script: Script | None = None,
+    ) -> None:  # fmt: skip
+        self.rid, self.plan, self.options = rid, plan, options
+        self.engine, self.pool, self.budget, self.script = engine, pool, budget, script
+        self.criterion = parse_termination(plan.termination)
+        self.state = State.PREPARING
+        self.finished = asyncio.Event()
+        self.sent = Sent()
+        self.record = SearchRecord(
+            id=rid, task=plan.task.name, task_hash=plan.task.hash, trigger=plan.trigger, termination=plan.termination,
+            created=time.time(), named=plan.named, prompt_tokens=len(options.prompt_ids),
+        )  # fmt: skip
+        if script is not None:
+            self.record.trace, self.record.iteration = script.trace, script.number
+            self.record.recorded_reasoning_tokens = script.reasoning_tokens
+        self._start = time.monotonic()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._client: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
+        self._phase = ReasoningPhase(options.style, options.opened)
+        self._phase_seen = 0
+        self._phase_state = self._phase.start()
+        self._base = Output([], "", {})
+        self._base_done = False
+        self._checked = False
+        self._held: list[Output] = []
+        self._triggers: list[TriggerFired] = []
+        self._suffix_ids = engine.encode(fork_suffix(options.style, plan.nudge))
+        self._forks: dict[str, ForkRecord] = {}
+        self._fork_at: set[int] = set()
+        self._fork_text: dict[str, Output] = {}
+        self._candidates: dict[str, CandidateRecord] = {}
+        self._sources: dict[str, str] = {}
+        self._jobs: dict[str, Job] = {}
+        self._scored: list[Scored] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._main: asyncio.Task[None] | None = None
+
+    # ---- the client's side
+
+    async def outputs(self) -> AsyncIterator[Output]:
+        """Outputs for the client: every step when streaming, else one. Raises what the base request raised."""
+        self._main = asyncio.create_task(self._run(), name=f"specgen-{self.rid}")
+        while (item := await self._client.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def notify(self, message: TriggerFired) -> None:
+        """A message from the scheduler."""
+        self._events.put_nowait(message)
+
+    async def close(self) -> None:
+        """Cancel what still runs; the client is gone or has its answer."""
+        if self._main is not None and not self._main.done():
+            self._main.cancel()
+        if self._main is not None:
+            await asyncio.gather(self._main, return_exceptions=True)
+
+    # ---- the loop
+
+    async def _run(self) -> None:
+        try:
+            self._open()
+            while self.state is not State.ENDED:
+                try:
+                    event = await asyncio.wait_for(self._events.get(), DISCONNECT_POLL_S)
+                except asyncio.TimeoutError:
+                    if await self.engine.client_gone():
+                        raise ValueError(f"Request is disconnected from the client side. Abort request {self.rid}") from None
+                    continue
+                self._handle(event)
+        except asyncio.CancelledError:
+            self._end("cancelled", "the client went away")
+        except Exception as error:
+            self._end("error" if not isinstance(error, RequestError) else "cancelled", str(error))
+            self._client.put_nowait(error)
+        finally:
+            await self._clean_up()
+            self._client.put_nowait(None)
+
+    def _open(self) -> None:
+        plan, style = self.plan, self.options.style
+        self.engine.send(
+            WatchSearch(rid=self.rid, trigger=plan.trigger, open_mark=style.open, close_mark=style.close, opened=self.options.opened)
+        )
+        if self.script is not None:
+            self.engine.send(
+                ReplayScript(rid=self.rid, prompt_tokens=len(self.options.prompt_ids), ids=self.script.base_ids(self.options.opened))
+            )
+        self.state = State.REASONING
+        self._spawn(self._check_task())
+        self._spawn(self._pump_base())
+
+    def _handle(self, event: Any) -> None:
+        match event:
+            case BaseOutput(output):
+                self._on_base(output)
+            case TriggerFired():
+                self._triggers.append(event)
+                self._fork_where_due()
+            case ForkDone(record, output, error):
+                self._on_fork(record, output, error)
+            case VerdictIn(record, verdict):
+                self._on_verdict(record, verdict)
+            case TaskChecked(problem):
+                self._on_task(problem)
+            case GraceOver():
+                self._conclude()
+            case BaseFailed(error):
+                raise error
+        self.record.state = self.state.value
+
+    # ---- base
+
+    async def _pump_base(self) -> None:
+        try:
+            async for output in self.engine.generate_base():
+                self._events.put_nowait(BaseOutput(output))
+        except Exception as error:
+            self._events.put_nowait(BaseFailed(error))
+
+    async def _check_task(self) -> None:
+        self._events.put_nowait(TaskChecked(await self.pool.check_task(self.plan.task)))
+
+    def _on_task(self, problem: str | None) -> None:
+        if problem and self.plan.named:
+            raise RequestError("task", problem)
+        if problem:
+            self.record.warning = f"task not used: {problem}"
+            logger.warning("specgen %s: task found in the prompt not used: %s", self.rid, problem)
+        self._checked = True
+        for output in self._held:
+            self._deliver(output)
+        self._held.clear()
+        if self.state is State.COMPETING:
+            self._conclude_when_idle()
+        else:
+            self._decide()
+
+    def _on_base(self, output: Output) -> None:
+        self._base = output
+        self._advance_phase()
+        finish = output.finish
+        if finish is not None:
+            self._base_done = True
+            return self._on_base_end(output, finish)
+        if self.state is State.REASONING and self._phase_state.phase is Phase.ANSWER and self.options.style.close:
+            self.state = State.ANSWERING
+            self.record.reasoning_s = self._now()
+            if self.options.streaming:
+                self._end_competition()
+        self._fork_where_due()
+        if self.options.streaming:
+            self._deliver(output)
+
+    def _advance_phase(self) -> None:
+        """Text since the last output in one piece: the machine takes pieces of any length."""
+        piece = self._base.text[self._phase_seen :]
+        self._phase_seen = len(self._base.text)
+        if piece:
+            self._phase_state = self._phase.step(self._phase_state, piece)
+
+    def _deliver(self, output: Output) -> None:
+        """A request that named a task hears nothing before its task is known to work: an error must still be a 400."""
+        if self._checked or not self.plan.named:
+            self._client.put_nowait(output)
+        else:
+            self._held.append(output)
+
+    def _on_base_end(self, output: Output, finish: dict[str, Any]) -> None:
+        if finish.get("type") == "abort":
+            self._deliver_last(output, "cancelled", str(finish.get("message") or "aborted"))
+            return
+        self.record.reasoning_s = self.record.reasoning_s or self._now()
+        _, answer = split_thinking(self.options.style, self.options.opened, output.text)
+        source = extract_candidate(answer if answer is not None else output.text)
+        self._stop_forks()
+        if self.options.streaming:
+            self._end_competition()
+            self._deliver(output)
+        if source is not None and (self.plan.named or not self.options.streaming):
+            self._submit(source, "base", None)
+            self.record.final = {"hash": Candidate(source).hash}
+        self.state = State.COMPETING
+        self._spawn(self._grace())
+        self._conclude_when_idle()
+
+    async def _grace(self) -> None:
+        await asyncio.sleep(self.options.grace_s)
+        self._events.put_nowait(GraceOver())
+
+    def _conclude_when_idle(self) -> None:
+        if not self._jobs and self._checked:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """The base has answered by itself: the best correct candidate wins, unless its answer was streamed already."""
+        if self.state is not State.COMPETING:
+            return
+        top = best(self._scored)
+        winner = self._candidates.get(top.hash) if top else None
+        if not self.options.streaming and winner is not None and self._beats_own_answer(winner):
+            self._accept(Decision(winner.hash, f"faster than the base's own answer, {winner.speedup:.3g}x"), "reasoning")
+            return
+        own = self._candidates.get((self.record.final or {}).get("hash", ""))
+        if own is not None and own.status is Status.CORRECT:
+            self.record.accepted = summary_of(own)
+        self._checked = True
+        self._deliver_last(None if self.options.streaming else self._base, "reasoning", "the base answered by itself")
+
+    def _beats_own_answer(self, winner: CandidateRecord) -> bool:
+        """An answer that has no verdict yet is only replaced by a kernel that is known to be faster than the reference."""
+        own = self._candidates.get((self.record.final or {}).get("hash", ""))
+        if winner is own or winner.source == "base":
+            return False
+        unknown = own is not None and own.status is None
+        return not unknown or (winner.speedup or 0.0) > 1.0
+
+    def _deliver_last(self, output: Output | None, ended_by: str, reason: str) -> None:
+        self._checked = True
+        for held in self._held:
+            self._client.put_nowait(held)
+        self._held.clear()
+        self._end(ended_by, reason)
+        if output is not None:
+            self._client.put_nowait(output)
+
+    # ---- forks
+
+    def _fork_where_due(self) -> None:
+        """A trigger message overtakes the tokens it speaks of; fork once they are here."""
+        known = len(self.options.prompt_ids) + len(self._base.ids)
+        due = [message for message in self._triggers if message.length <= known]
+        self._triggers = [message for message in self._triggers if message.length > known]
+        for message in due:
+            self._fork(message)
+
+    def _fork(self, message: TriggerFired) -> None:
+        running = sum(record.state == "running" for record in self._forks.values())
+        if self.state is not State.REASONING or self.record.warning or message.length in self._fork_at:
+            return
+        if running >= self.options.per_search or not self.budget.take(self.rid):
+            self.record.forks_skipped += 1
+            return
+        self._fork_at.add(message.length)
+        number = len(self.record.forks) + 1
+        base_ids = self._base.ids[: message.length - len(self.options.prompt_ids)]
+        ids = [*self.options.prompt_ids, *base_ids, *self._suffix_ids]
+        record = ForkRecord(
+            n=number, trigger=message.trigger, at_token=message.reasoning_tokens, prompt_tokens=len(self.options.prompt_ids),
+            input_tokens=len(ids), started_s=self._now(), prefix_inserted=message.inserted, page_size=self.options.page_size,
+        )  # fmt: skip
+        rid = fork_rid(self.rid, number)
+        self._forks[rid] = record
+        self.record.forks.append(record)
+        recorded = self._script_fork(rid, message.reasoning_tokens, len(ids))
+        self._spawn(self._run_fork(rid, ids, record, recorded))
+
+    def _script_fork(self, rid: str, at_token: int, input_tokens: int) -> str | None:
+        if self.script is None:
+            return None
+        recorded, ids = self.script.fork_ids(at_token)
+        self.engine.send(ReplayScript(rid=rid, prompt_tokens=input_tokens, ids=ids))
+        return recorded
+
+    async def _run_fork(self, rid: str, ids: list[int], record: ForkRecord, recorded: str | None) -> None:
+        options: dict[str, Any] = {"max_new_tokens": self.plan.fork_tokens}
+        if self.plan.temperature is not None:
+            options["temperature"] = self.plan.temperature
+        output, error = None, ""
+        try:
+            async for output in self.engine.generate_fork(rid, ids, options):
+                pass
+        except Exception as failure:
+            error = str(failure)
+        finally:
+            self.budget.give_back(self.rid)
+        if output is not None and recorded is not None:
+            output.meta["specgen_recorded"] = recorded
+        self._events.put_nowait(ForkDone(record, output, error))
+
+    def _on_fork(self, record: ForkRecord, output: Output | None, error: str) -> None:
+        record.finished_s = self._now()
+        if output is None:
+            record.state = f"failed: {error}" if error else "failed"
+            return
+        record.tokens = int(output.meta.get("completion_tokens", len(output.ids)))
+        record.prefix_reused = int(output.meta.get("cached_tokens", 0))
+        record.prefix_computed = record.input_tokens - record.prefix_reused
+        self.record.fork_tokens += record.tokens
+        finish = output.finish or {}
+        record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
+        source = extract_candidate(output.text)
+        if source is None or record.state == "aborted":
+            return
+        record.candidate = Candidate(source).hash
+        self._fork_text.setdefault(record.candidate, output)
+        self._submit(source, "fork", record, output.meta.get("specgen_recorded"))
+
+    def _end_competition(self) -> None:
+        """What was streamed cannot be replaced: forks and their evaluations are of no use any more."""
+        self._stop_forks()
+        for job in self._jobs.values():
+            job.cancel()
+
+    def _stop_forks(self) -> None:
+        for rid, record in self._forks.items():
+            if record.state == "running":
+                self.engine.abort(rid)
+
+    # ---- candidates
+
+    def _submit(self, source: str, origin: str, fork: ForkRecord | None, recorded: str | None = None) -> None:
+        candidate = Candidate(source)
+        record = self._candidates.get(candidate.hash)
+        if record is None:
+            if self.state is State.ENDED or self.record.warning:
+                return
+            record = CandidateRecord(hash=candidate.hash, source=origin, submitted_s=self._now(), recorded_answer=recorded)
+            if origin == "base" and self.script is not None:
+                record.recorded_answer = "final"
+            self._candidates[candidate.hash] = record
+            self._sources[candidate.hash] = source
+            self.record.candidates.append(record)
+            job = self.pool.submit(self.plan.task, candidate, search=self.rid, priority=0.0 if origin == "fork" else 1.0)
+            self._jobs[candidate.hash] = job
+            self._spawn(self._await_verdict(record, job))
+        if fork is not None:
+            record.forks.append(fork.n)
+
+    async def _await_verdict(self, record: CandidateRecord, job: Job) -> None:
+        self._events.put_nowait(VerdictIn(record, await job.verdict()))
+
+    def _on_verdict(self, record: CandidateRecord, verdict: Verdict) -> None:
+        self._jobs.pop(record.hash, None)
+        record.status, record.speedup, record.interval = verdict.status, verdict.speedup, verdict.interval
+        record.candidate_ms, record.reference_ms = verdict.candidate_ms, verdict.reference_ms
+        record.reason, record.digest, record.stages = verdict.reason, verdict.digest, dict(verdict.stages)
+        record.device, record.sandbox, record.verdict_s = verdict.device, verdict.sandbox, self._now()
+        self.record.evaluation_s += sum(seconds for stage, seconds in verdict.stages.items() if stage != Stage.QUEUED)
+        self._scored.append(
+            Scored(record.hash, verdict.status, verdict.speedup, record.source, len(self._scored))  # type: ignore[arg-type]
+        )
+        self.record.best = summary_of(self._candidates[top.hash]) if (top := best(self._scored)) else None
+        if self.state is State.COMPETING:
+            self._conclude_when_idle()
+        else:
+            self._decide()
+
+    def _decide(self) -> None:
+        replaceable = self.state is State.REASONING or (self.state is State.ANSWERING and not self.options.streaming)
+        if replaceable and self._checked and (decision := self.criterion.decide(self._scored)) is not None:
+            self._accept(decision, "criterion")
+
+    def _accept(self, decision: Decision, ended_by: str) -> None:
+        """End the reasoning with an accepted candidate: the client gets the reasoning so far, closed, and its answer."""
+        candidate = self._candidates[decision.hash]
+        self.record.accepted = summary_of(candidate)
+        answer = self._fork_text[decision.hash]
+        close_ids = self.engine.encode(fork_suffix(self.options.style))
+        _, own_answer = split_thinking(self.options.style, self.options.opened, self._base.text)
+        if own_answer is not None:
+            self._base = self._without_answer(own_answer)
+        final = graft(self._base, answer, close_ids, self.options.style)
+        self.record.answer_tokens = len(close_ids) + len(answer.ids)
+        if not self._base_done:
+            self.engine.abort(self.rid)
+        self._deliver_last(final, ended_by, decision.reason)
+
+    def _without_answer(self, answer: str) -> Output:
+        """The base cut off before the closing mark: an unstreamed answer that lost, not part of what is returned."""
+        style, text = self.options.style, self._base.text
+        cut = len(text) - len(answer) - len(style.close)
+        dropped = len(self.engine.encode(text[cut:]))
+        return Output(self._base.ids[: len(self._base.ids) - dropped], text[:cut].rstrip("\n"), self._base.meta)
+
+    # ---- the end
+
+    def _end(self, ended_by: str, reason: str) -> None:
+        if self.state is State.ENDED:
+            return
+        self.state = State.ENDED
+        record = self.record
+        record.state, record.ended_by, record.reason = self.state.value, ended_by, reason
+        record.wall_s = self._now()
+        record.reasoning_s = record.reasoning_s or record.wall_s
+        self._count_tokens()
+        own = self._candidates.get((record.final or {}).get("hash", ""))
+        record.final = summary_of(own)
+        for fork in record.forks:
+            if fork.state == "running":
+                fork.state = "cancelled"
+        for candidate in record.candidates:
+            if candidate.status is None:
+                candidate.status, candidate.reason = Status.CANCELLED, "the search ended first"
+
+    def _count_tokens(self) -> None:
+        """Reasoning and answer tokens of the base itself, by re-encoding the answer's text alone."""
+        _, answer = split_thinking(self.options.style, self.options.opened, self._base.text)
+        answer_tokens = len(self.engine.encode(answer)) if answer else 0
+        self.record.reasoning_tokens = max(0, len(self._base.ids) - answer_tokens)
+        if self.record.ended_by == "reasoning" and not self.record.answer_tokens:
+            self.record.answer_tokens = answer_tokens
+
+    async def _clean_up(self) -> None:
+        """Leave nothing behind: no request in the engine, no job in the pool, no state in the schedulers."""
+        self.pool.cancel_search(self.rid)
+        self._stop_engine()
+        waiting = [task for task in self._tasks if not task.done()]
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=0 if self.record.ended_by == "reasoning" else 5)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        self.engine.send(EndSearch(rid=self.rid, scripts=forks_of(self.rid)))
+        self.finished.set()
+
+    def _stop_engine(self) -> None:
+        if not self._base_done:
+            self.engine.abort(self.rid)
+        for rid, record in self._forks.items():
+            if record.finished_s is None:
+                self.engine.abort(rid)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _now(self) -> float:
+        return round(time.monotonic() - self._start, 4)

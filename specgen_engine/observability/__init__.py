@@ -1,0 +1,1 @@
+"""Metrics of searches, forks and evaluations."""

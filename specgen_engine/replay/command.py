@@ -1,0 +1,148 @@
+"""`specgen replay`: recorded traces through a real server, driven by the openai client; writes a specgen.report/1."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from rich.console import Console
+
+from specgen_engine.controller.answers import extract_candidate
+from specgen_engine.controller.termination import parse_termination
+from specgen_engine.controller.triggers import parse_trigger
+from specgen_engine.errors import SpecGenError
+from specgen_engine.evaluation.base import Candidate
+from specgen_engine.observability.machine import report_header
+from specgen_engine.replay.trace import Iteration, Trace, load_traces
+from specgen_engine.serving.command import prepare
+from specgen_engine.serving.process import Server, running_server
+
+MODES = ("sequential", "specgen")
+MAX_TOKENS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayOptions:
+    """What the command line asked for. json: where the report goes; iterations: at most so many of each trace."""
+
+    traces: tuple[Path, ...]
+    mode: str = "specgen"
+    trigger: str = "every:400"
+    termination: str = "plateau:3"
+    json: Path | None = None
+    iterations: int | None = None
+    workers: int = 1
+    model: str | None = None
+    page_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise SpecGenError(f"--mode {self.mode!r}: use one of {', '.join(MODES)}")
+        parse_trigger(self.trigger, "--trigger")
+        parse_termination(self.termination, "--termination")
+
+
+def replay(options: ReplayOptions) -> None:
+    """Play every trace and print its report as JSON on stdout unless --json names a file."""
+    traces = load_traces(options.traces)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise SpecGenError(f"--json {options.json}: folder {options.json.parent} does not exist; make it first")
+    with tempfile.TemporaryDirectory(prefix="specgen-replay-") as scratch:
+        with replay_server(traces, options, Path(scratch) / "server.log") as server:
+            report = play(traces, options, server)
+    text = json.dumps(report, indent=1)
+    if options.json is None:
+        print(text)
+        return
+    part = options.json.with_name(options.json.name + ".part")
+    part.write_text(text)
+    part.replace(options.json)
+
+
+def replay_server(traces: list[Trace], options: ReplayOptions, log: Path) -> Any:
+    """A server that replays these traces; a context manager that yields serving.process.Server."""
+    arguments = ["--model-path", options.model] if options.model else ["--tiny"]
+    arguments += ["--replay", *(str(trace.path.resolve()) for trace in traces)]
+    arguments += ["--specgen-evaluation-workers", str(options.workers), "--page-size", str(options.page_size)]
+    launch = prepare(arguments)
+    print(f"starting a server for {len(traces)} trace(s) ...", file=sys.stderr, flush=True)
+    return running_server(launch.arguments, log, launch.environment)
+
+
+def play(traces: list[Trace], options: ReplayOptions, server: Server) -> dict[str, Any]:
+    """Every iteration in turn; the whole report."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+    rows = []
+    for trace in traces:
+        for iteration in trace.iterations[: options.iterations]:
+            rows.append(play_iteration(trace, iteration, options, server))
+            console.print(one_line(rows[-1]), highlight=False)
+    header = report_header("specgen.report/1", seed=0)
+    return {
+        **header,
+        "mode": options.mode,
+        "kind": "replayed",
+        "trigger": options.trigger,
+        "termination": options.termination,
+        "wall_s": round(time.monotonic() - started, 3),
+        "server_startup_s": round(server.startup_s, 1),
+        "traces": rows,
+    }
+
+
+def play_iteration(trace: Trace, iteration: Iteration, options: ReplayOptions, server: Server) -> dict[str, Any]:
+    """One chat request. sequential is a search without forks: the whole reasoning, then its answer is evaluated."""
+    forks = options.mode == "specgen"
+    asked = {
+        "task": trace.task_source,
+        "name": trace.name,
+        "iteration": iteration.number,
+        "trigger": options.trigger if forks else "none",
+        "termination": options.termination if forks else "none",
+    }
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=3600, max_retries=0)
+    prompt = f"Write a faster module ModelNew with the same results as Model.\n\n```python\n{trace.task_source}\n```\n"
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        extra_body={"custom_params": {"specgen": json.dumps(asked)}},
+    ).model_dump()
+    message = answer["choices"][0]["message"]
+    return row_of(answer["sglext"]["specgen"], iteration, message["content"] or "", answer["usage"])
+
+
+def row_of(search: dict[str, Any], iteration: Iteration, answer: str, usage: dict[str, Any]) -> dict[str, Any]:
+    """A search's record as a trace's row of specgen.report/1 (DESIGN.md, Reports)."""
+    known = {Candidate(source).hash: name for name, source in recorded_sources(iteration)}
+    for candidate in search["candidates"]:
+        candidate["recorded_answer"] = known.get(candidate["hash"])
+    kept = (
+        "iteration", "wall_s", "reasoning_tokens", "recorded_reasoning_tokens", "ended_by", "reason", "accepted", "best",
+        "final", "forks", "candidates", "prompt_tokens", "fork_tokens", "answer_tokens", "forks_skipped", "reasoning_s",
+        "evaluation_s", "termination", "trigger",
+    )  # fmt: skip
+    return {"trace": search["trace"], **{name: search[name] for name in kept}, "answer": answer, "usage": usage}
+
+
+def recorded_sources(iteration: Iteration) -> list[tuple[str, str]]:
+    """(name, source) of every recorded answer that holds a module; forks first, so that a repeated one keeps its fork."""
+    answers = [*((f"fork-{n}", text) for n, text in sorted(iteration.forks.items())), ("final", iteration.final)]
+    return [(name, source) for name, text in reversed(answers) if (source := extract_candidate(text)) is not None]
+
+
+def one_line(row: dict[str, Any]) -> str:
+    accepted = row["accepted"]
+    kernel = f"{accepted['source']} {accepted['speedup']:.2f}x" if accepted and accepted.get("speedup") else "no kernel"
+    return (
+        f"{row['trace']}/{row['iteration']}: {row['wall_s']:.1f} s, {row['reasoning_tokens']} of "
+        f"{row['recorded_reasoning_tokens']} reasoning tokens, {len(row['forks'])} forks, ended by {row['ended_by']}, {kernel}"
+    )

@@ -1,0 +1,187 @@
+"""State that SpecGen keeps beside one SGLang scheduler (one a tensor-parallel rank)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from specgen_engine.config import SpecGenConfig
+from specgen_engine.controller.thinking import Phase, PhaseState, ReasoningPhase, ThinkingStyle
+from specgen_engine.controller.triggers import Trigger, parse_trigger
+from specgen_engine.protocol import EndSearch, ForkPoint, ForkPointDone, TriggerFired, WatchSearch, is_fork, search_of
+from specgen_engine.scheduler.fork_point import holds_kv, insert_fork_point
+from specgen_engine.scheduler.policy import Fork, Limits, Load, admissible_forks, forks_to_retract
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Watched:
+    """A base request whose tokens are read as they are decoded."""
+
+    rid: str
+    trigger: Trigger
+    phase: ReasoningPhase
+    trigger_state: Any
+    phase_state: PhaseState
+    seen: int = 0
+    reasoning: int = 0
+    inserted: int = 0
+    wanted: list[int] = field(default_factory=list)
+
+
+class SchedulerExtension:
+    """Token-level triggers, fork points and the speculative class of one scheduler."""
+
+    def __init__(self, scheduler: Any, settings: SpecGenConfig) -> None:
+        self.scheduler = scheduler
+        self.limits = Limits(
+            batch_share=settings.scheduler.batch_share,
+            headroom=settings.scheduler.headroom,
+            per_search=settings.fork.per_search,
+            total=settings.fork.total,
+            max_running=scheduler.max_running_requests,
+        )
+        self.watched: dict[str, Watched] = {}
+        self.forks_retracted = 0
+        self._pieces: dict[int, str] = {}
+
+    # ---- control messages, broadcast to every rank
+
+    def watch(self, message: WatchSearch) -> None:
+        trigger = parse_trigger(message.trigger)
+        phase = ReasoningPhase(ThinkingStyle("request", message.open_mark, message.close_mark), opened=message.opened)
+        self.watched[message.rid] = Watched(message.rid, trigger, phase, trigger.start(), phase.start())
+
+    def end(self, message: EndSearch) -> None:
+        self.watched.pop(message.rid, None)
+
+    def point(self, message: ForkPoint) -> ForkPointDone:
+        """A fork point asked for by the controller; when the request holds no KV yet, it is made once it does."""
+        req, state = self._find(message.rid)
+        watched = self.watched.get(message.rid)
+        inserted = 0
+        if req is not None and state == "running":
+            inserted = insert_fork_point(req, message.length, self.scheduler.tree_cache)
+            if watched is not None:
+                watched.inserted = max(watched.inserted, inserted)
+        elif state == "waiting" and watched is not None:
+            watched.wanted.append(message.length)
+        return ForkPointDone(rid=message.rid, asked=message.length, inserted=inserted, state=state)
+
+    def _find(self, rid: str) -> tuple[Any, str]:
+        scheduler = self.scheduler
+        for batch in (scheduler.running_batch, scheduler.last_batch):
+            for req in batch.reqs if batch is not None else ():
+                if req.rid == rid:
+                    if req.finished():
+                        return req, "finished"
+                    return req, "running" if holds_kv(req) else "waiting"
+        waiting = any(req.rid == rid for req in scheduler.waiting_queue)
+        chunked = scheduler.chunked_req is not None and scheduler.chunked_req.rid == rid
+        return None, "waiting" if waiting or chunked or rid in self.watched else "unknown"
+
+    # ---- every processed batch
+
+    def observe(self, reqs: Iterable[Any]) -> None:
+        """Read the tokens that this step gave to watched requests; fire triggers and make fork points."""
+        for req in reqs:
+            watched = self.watched.get(req.rid)
+            if watched is None or req.is_retracted:
+                continue
+            if watched.wanted and holds_kv(req):
+                watched.wanted = [n for n in watched.wanted if not self._made(req, watched, n)]
+            output = req.output_ids
+            while watched.seen < len(output):
+                token = output[watched.seen]
+                watched.seen += 1
+                self._step(req, watched, token)
+
+    def _made(self, req: Any, watched: Watched, length: int) -> bool:
+        if length > req.kv_committed_len:
+            return False
+        watched.inserted = insert_fork_point(req, length, self.scheduler.tree_cache)
+        return True
+
+    def _step(self, req: Any, watched: Watched, token: int) -> None:
+        piece = self._piece(token)
+        before = watched.phase_state.phase
+        watched.phase_state = watched.phase.step(watched.phase_state, piece)
+        if not (before is watched.phase_state.phase is Phase.THINKING):
+            return
+        watched.reasoning += 1
+        watched.trigger_state, fired = watched.trigger.step(watched.trigger_state, piece, watched.reasoning)
+        if fired is None or not holds_kv(req):
+            return
+        length = len(req.origin_input_ids) + watched.seen
+        watched.inserted = insert_fork_point(req, length, self.scheduler.tree_cache)
+        self.scheduler.ipc_channels.send_to_tokenizer.send_output(
+            TriggerFired(
+                rid=req.rid, trigger=fired, length=length, reasoning_tokens=watched.reasoning, inserted=watched.inserted
+            )
+        )
+
+    def _piece(self, token: int) -> str:
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self.scheduler.tokenizer.decode([token], skip_special_tokens=False)
+        return piece
+
+    # ---- the speculative class
+
+    def split_waiting(self, running: list[Any]) -> tuple[list[Any], list[Any], Load]:
+        """(queue for this step, forks held back, load): ordinary requests first, then the forks that may join."""
+        scheduler = self.scheduler
+        ordinary = [req for req in scheduler.waiting_queue if not is_fork(req.rid)]
+        forks = [req for req in scheduler.waiting_queue if is_fork(req.rid)]
+        load = self._load(len(ordinary), running)
+        admitted = set(admissible_forks(load, [self._fork(req) for req in forks], self.limits))
+        queue = ordinary + [req for req in forks if req.rid in admitted]
+        return queue, [req for req in forks if req.rid not in admitted], load
+
+    def _fork(self, req: Any) -> Fork:
+        search = search_of(req.rid)
+        watched = self.watched.get(search)
+        prefix = min(watched.inserted, len(req.origin_input_ids)) if watched else 0
+        new_tokens = len(req.origin_input_ids) - prefix + req.sampling_params.max_new_tokens
+        return Fork(req.rid, search, new_tokens + self.scheduler.page_size)
+
+    def _load(self, ordinary_waiting: int, running: list[Any]) -> Load:
+        scheduler = self.scheduler
+        ratio = scheduler.new_token_ratio_tracker.current
+        alive = [req for req in running if not req.finished()]
+        forks = [req for req in alive if is_fork(req.rid)]
+        promised = sum(
+            (req.sampling_params.max_new_tokens - len(req.output_ids)) * (1.0 if is_fork(req.rid) else ratio)
+            for req in alive
+        )
+        allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+        return Load(
+            ordinary_waiting=ordinary_waiting,
+            ordinary_running=len(alive) - len(forks),
+            forks_running=tuple(search_of(req.rid) for req in forks),
+            pool_tokens=scheduler.max_total_num_tokens,
+            free_tokens=allocator.available_size() + tree.evictable_size(),
+            promised_tokens=int(promised),
+        )
+
+    def make_room(self, batch: Any, load: Load, ordinary_admitted: bool) -> None:
+        """Retract the youngest running fork when an ordinary request was kept out of this step."""
+        if not forks_to_retract(load, ordinary_admitted):
+            return
+        youngest = max(
+            (i for i, req in enumerate(batch.reqs) if is_fork(req.rid) and not req.finished()),
+            key=lambda i: batch.reqs[i].time_stats.wait_queue_entry_time,
+            default=None,
+        )
+        if youngest is None:
+            return
+        req = batch.reqs[youngest]
+        batch.release_req(youngest, len(batch.reqs) - 1, self.scheduler.server_args)
+        batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i != youngest])
+        batch.batch_is_full = False
+        self.scheduler._add_request_to_queue(req, is_retracted=True)
+        self.forks_retracted += 1
+        logger.info("fork %s retracted: an ordinary request waits", req.rid)

@@ -1,0 +1,58 @@
+"""Hook handlers of the scheduler process; each is one line of plugin.HOOKS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from specgen_engine import plugin
+from specgen_engine.errors import HookError
+from specgen_engine.protocol import EndSearch, ForkPoint, ReplayScript, WatchSearch, is_fork, register_messages
+from specgen_engine.replay import sampler
+from specgen_engine.scheduler.extension import SchedulerExtension
+from specgen_engine.scheduler.policy import keep_order
+
+
+def attach(_result: None, scheduler: Any) -> None:
+    settings = scheduler.server_args.__dict__.get("specgen")
+    if settings is None:
+        raise HookError("SpecGen engine: the scheduler got no configuration with its ServerArgs")
+    register_messages()
+    extension = scheduler.specgen = SchedulerExtension(scheduler, settings)
+
+    def end(message: EndSearch) -> None:
+        extension.end(message)
+        sampler.forget(message.rid, message.scripts)
+
+    handlers = {WatchSearch: extension.watch, ForkPoint: extension.point, ReplayScript: sampler.load, EndSearch: end}
+    scheduler._request_dispatcher._mapping.update(handlers)
+
+
+def init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    targets = [hook.target for hook in plugin.HOOKS if hook.process == "scheduler" and plugin.is_applied(hook)]
+    return {**info, "specgen": {"hooks": targets, "rank": scheduler.ps.tp_rank}}
+
+
+def process_batch_result(_result: None, scheduler: Any, batch: Any, result: Any) -> None:
+    if scheduler.specgen.watched:
+        scheduler.specgen.observe(batch.reqs)
+
+
+def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, **arguments: Any) -> Any:
+    """Ordinary requests see a queue without forks, unless none of them waits."""
+    extension, running = scheduler.specgen, arguments["running_batch"]
+    if not extension.watched:
+        return original(scheduler, **arguments)
+    queue, held, load = extension.split_waiting(running.reqs)
+    scheduler.waiting_queue = queue
+    try:
+        batch, running = original(scheduler, **arguments)
+    finally:
+        scheduler.waiting_queue = scheduler.waiting_queue + held
+    extension.make_room(running, load, ordinary_admitted=batch is not None)
+    return batch, running
+
+
+def retraction_order(order: list[int], reqs: list[Any], server_args: Any) -> list[int] | None:
+    forks = [is_fork(req.rid) for req in reqs]
+    return keep_order(order, forks) if any(forks) else None

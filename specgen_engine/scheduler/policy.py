@@ -1,0 +1,73 @@
+"""What the scheduler decides about forks: pure functions, no torch, the same answer on every tensor-parallel rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Fork(NamedTuple):
+    """A waiting fork: its request id, its search, and the KV tokens it may need at most."""
+
+    rid: str
+    search: str
+    tokens: int
+
+
+class Load(NamedTuple):
+    """What the scheduler sees when it builds a prefill batch. Counts of requests; KV pool sizes in tokens."""
+
+    ordinary_waiting: int
+    ordinary_running: int
+    forks_running: tuple[str, ...]
+    pool_tokens: int
+    free_tokens: int
+    promised_tokens: int
+
+
+class Limits(NamedTuple):
+    """Caps from the configuration (config.SchedulerConfig, config.ForkConfig)."""
+
+    batch_share: float
+    headroom: float
+    per_search: int
+    total: int
+    max_running: int
+
+
+def admissible_forks(load: Load, waiting: Sequence[Fork], limits: Limits) -> tuple[str, ...]:
+    """Rids of the waiting forks that may join the next prefill batch, in order.
+
+    None while an ordinary request waits. Forks take at most batch_share of max_running, and only KV that is free once
+    every running request has got what it may still need (promised_tokens) and headroom of the pool stays untouched.
+    """
+    if load.ordinary_waiting:
+        return ()
+    slots = min(limits.total, max(1, int(limits.batch_share * limits.max_running))) - len(load.forks_running)
+    budget = load.free_tokens - load.promised_tokens - int(limits.headroom * load.pool_tokens)
+    per_search = Counter(load.forks_running)
+    admitted = []
+    for fork in waiting:
+        if slots <= 0:
+            break
+        if fork.tokens > budget or per_search[fork.search] >= limits.per_search:
+            continue
+        admitted.append(fork.rid)
+        per_search[fork.search] += 1
+        slots -= 1
+        budget -= fork.tokens
+    return tuple(admitted)
+
+
+def forks_to_retract(load: Load, ordinary_admitted: bool) -> int:
+    """How many running forks to retract so that a waiting ordinary request is not kept out by them.
+
+    One a step: each frees its KV at once, and the next step tries the ordinary request again.
+    """
+    return 1 if load.ordinary_waiting and not ordinary_admitted and load.forks_running else 0
+
+
+def keep_order(order: Sequence[int], is_fork: Sequence[bool]) -> list[int]:
+    """SGLang's retraction order (first kept longest) with every fork behind every ordinary request, else unchanged."""
+    return [i for i in order if not is_fork[i]] + [i for i in order if is_fork[i]]

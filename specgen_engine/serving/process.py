@@ -1,0 +1,105 @@
+"""A server as a child process: started, waited for, and gone with everything it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from specgen_engine.errors import SpecGenError
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """url has no path; log holds stdout and stderr of all its processes; startup_s is launch to first healthy answer."""
+
+    url: str
+    pid: int
+    log: Path
+    startup_s: float
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_server(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 600
+) -> Iterator[Server]:
+    """`python -m sglang.launch_server ARGUMENTS --port FREE`, healthy; on leaving, its whole process tree is dead.
+
+    Raises SpecGenError with the log's last error line when the server ends or is not healthy within timeout_s.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_healthy(process, url, log, started + timeout_s)
+        yield Server(url, process.pid, log, time.monotonic() - started)
+    finally:
+        kill_tree(process)
+
+
+def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SpecGenError(f"the server ended with status {process.returncode}: {last_error(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.25)
+    raise SpecGenError(f"the server was not healthy in time; its log is {log}: {last_error(log)}")
+
+
+def last_error(log: Path) -> str:
+    """The last line that looks like an error, else the last line; at most 400 characters."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("specgen:") or "Error" in line]
+    return (errors or lines or ["(empty log)"])[-1][:400]
+
+
+def kill_tree(process: subprocess.Popen[bytes], grace_s: float = 5) -> None:
+    """SIGTERM, then SIGKILL, to the process, its group and every descendant."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for one in family:
+        _signal(one, signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=grace_s)
+    for one in alive:
+        _signal(one, signal.SIGKILL)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    process.wait()
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
