@@ -1,0 +1,234 @@
+"""Forking, watching and ending the processes of an evaluation. Nothing here touches CUDA or starts a thread."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from .limits import EvaluationLimits
+from .wire import Channel
+
+KEEP_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TZ", "CXX", "CC")
+OUTPUT_KEPT = 16 << 10
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class Child:
+    """A forked process: its channel, what it printed (head kept, all counted) and messages not yet taken."""
+
+    kind: str
+    pid: int
+    channel: Channel
+    output_fd: int
+    inbox: deque[dict[str, object]] = field(default_factory=deque)
+    output: bytearray = field(default_factory=bytearray)
+    printed: int = 0
+    pending: int = 0
+    ended: bool = False
+    exit_code: int | None = None
+    scratch: Path = Path()
+
+    def how_it_ended(self) -> str:
+        if self.exit_code is None:
+            return "closed its channel"
+        if self.exit_code < 0 or self.exit_code > 128:
+            number = -self.exit_code if self.exit_code < 0 else self.exit_code - 128
+            try:
+                return f"killed by {signal.Signals(number).name}"
+            except ValueError:
+                return f"killed by signal {number}"
+        return f"ended by itself with exit code {self.exit_code}"
+
+
+def become_subreaper() -> None:
+    """Orphans of candidates become this process's children, so that none is lost."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def fork_child(
+    kind: str,
+    entry: Callable[[Channel], None],
+    *,
+    keep: tuple[int, ...],
+    scratch: Path,
+    limits: EvaluationLimits,
+    enter_sandbox: Callable[[], None],
+    environment: dict[str, str],
+    cap_memory: bool,
+) -> Child:
+    """A fresh process in its own session and scratch folder that runs entry(channel) and exits.
+
+    keep: descriptors it inherits besides its channel. The caller's other descriptors are closed in it.
+    """
+    ours, theirs = Channel.pair()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        os.close(write_end)
+        os.set_blocking(read_end, False)
+        return Child(kind, pid, ours, read_end)
+    code = 1
+    try:
+        die_with_parent()
+        os.setsid()
+        _redirect(write_end)
+        _close_others({0, 1, 2, theirs.fileno(), *keep})
+        _set_environment(scratch, environment)
+        _set_limits(limits, cap_memory)
+        enter_sandbox()
+        import torch
+
+        torch.set_num_threads(limits.threads)
+        gc.enable()
+        entry(theirs)
+        code = 0
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode(errors="replace")[:4000])
+    finally:  # nothing may unwind into the parent's stack
+        os._exit(code)
+
+
+def _redirect(write_end: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
+
+
+def _close_others(keep: set[int]) -> None:
+    start = 0
+    for fd in sorted(keep):
+        if start < fd:  # an empty range would reach close_range(2) as one without end
+            os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, 1 << 20)
+
+
+def _set_environment(scratch: Path, environment: dict[str, str]) -> None:
+    kept = {name: os.environ[name] for name in KEEP_ENVIRONMENT if name in os.environ}
+    os.environ.clear()
+    os.environ.update(kept, HOME=str(scratch), TMPDIR=str(scratch), USER="candidate", **environment)
+    tempfile.tempdir = str(scratch)
+    os.chdir(scratch)
+
+
+def _set_limits(limits: EvaluationLimits, cap_memory: bool) -> None:
+    seconds = int(limits.compile_s + limits.time_s + 20 * limits.check_s) * max(1, limits.threads) + 60
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: 4 << 40,  # regions are sparse; what is written is capped by memory and scratch
+        resource.RLIMIT_NOFILE: 4096,
+        resource.RLIMIT_NPROC: 4096,
+    }
+    if cap_memory:
+        now = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
+        wanted[resource.RLIMIT_DATA] = now + limits.memory_bytes
+    for name, value in wanted.items():
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def private_bytes(pid: int) -> tuple[int, int]:
+    """(private resident bytes, processes) of a process and all below it."""
+    total = count = 0
+    try:
+        processes = [psutil.Process(pid), *descendants(pid)]
+    except psutil.Error:
+        return 0, 0
+    for process in processes:
+        try:
+            memory = process.memory_info()
+        except psutil.Error:
+            continue
+        total += max(0, memory.rss - memory.shared)
+        count += 1
+    return total, count
+
+
+def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
+    """SIGKILL a child, its group and everything below or orphaned from it; returns the pids that would not die.
+
+    spare: this process's other children, whose trees live on. Processes that left the group by setsid or double
+    fork are found as descendants, or as orphans handed to this subreaper.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        for group in (os.killpg, os.kill):
+            try:
+                group(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+        spared = {child for root in spare for child in (root, *(p.pid for p in descendants(root)))}
+        doomed = [p for p in descendants(os.getpid()) if p.pid not in spared]
+        for process in doomed:  # stopped first: a fork bomb must not outrun the killing
+            _signal(process, signal.SIGSTOP)
+        for process in doomed:
+            _signal(process, signal.SIGKILL)
+        reap()
+        left = [p.pid for p in descendants(os.getpid()) if p.pid not in spared]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.002)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        os.kill(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+_statuses: dict[int, int] = {}
+
+
+def reap() -> None:
+    """Collect every ended child; exit_code() gives the statuses."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        _statuses[pid] = os.waitstatus_to_exitcode(status)
+
+
+def exit_code(pid: int, wait_s: float = 0.0) -> int | None:
+    """How a child ended (negative: by that signal), None while it runs. Each status is given once."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        reap()
+        if pid in _statuses or time.monotonic() >= deadline:
+            return _statuses.pop(pid, None)
+        time.sleep(0.002)

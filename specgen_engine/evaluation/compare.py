@@ -1,0 +1,110 @@
+"""Are two results the same? Tolerances by dtype, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .tensors import tensors_of
+
+OUTLIER_SHARE = 1e-5
+OUTLIER_FACTOR = 8.0
+"""Reduced-precision sums in another order round a few elements in a million otherwise; none may be far off."""
+_CHUNK = 1 << 24
+
+TOLERANCE = {
+    torch.float64: 1e-8,  # sums in another order; far above 2**-52 times any sensible length
+    torch.float32: 1e-4,  # sums in another order and fast exp / rsqrt; below TF32's 2**-11, which is refused
+    torch.float16: 4e-3,  # 4 units of 2**-10: one rounding of each of a few fused steps
+    torch.bfloat16: 2e-2,  # 2.5 units of 2**-7: the same for 8 bits of mantissa
+}
+LOW_PRECISION_TOLERANCE = 0.13  # one unit of e4m3's 2**-3
+
+
+class Difference(NamedTuple):
+    """What is wrong; kind is 'structure', 'shape', 'dtype', 'nan' or 'value'."""
+
+    kind: str
+    reason: str
+
+
+def difference(actual: Any, expected: Any) -> Difference | None:
+    """The first difference between two nests of tensors, or None.
+
+    |a - e| <= tol * rms(e) + tol * |e|: the absolute part scales with the output, so that all zeros never pass for
+    small values. Integers and booleans must be equal. NaN and infinity must be where the reference has them.
+    """
+    ours, theirs = tensors_of(actual), tensors_of(expected)
+    if len(ours) != len(theirs) or _shape_of(actual) != _shape_of(expected):
+        return Difference("structure", f"returns {_shape_of(actual)}, the reference {_shape_of(expected)}")
+    for index, (a, e) in enumerate(zip(ours, theirs, strict=True)):
+        name = f"output {index}" if len(ours) > 1 else "the output"
+        found = _tensor_difference(name, a, e)
+        if found:
+            return found
+    return None
+
+
+def _shape_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "a tensor"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_shape_of(item) for item in value)})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shape_of(value[key])}" for key in sorted(value)) + "}"
+    return repr(value)[:60]
+
+
+def _tensor_difference(name: str, a: torch.Tensor, e: torch.Tensor) -> Difference | None:
+    if a.shape != e.shape:
+        return Difference("shape", f"{name} has shape {tuple(a.shape)}, the reference's {tuple(e.shape)}")
+    if a.dtype != e.dtype:
+        kinds = (str(a.dtype).removeprefix("torch."), str(e.dtype).removeprefix("torch."))
+        return Difference("dtype", f"{name} has dtype {kinds[0]}, the reference's {kinds[1]}")
+    if e.numel() == 0:
+        return None
+    if not (e.is_floating_point() or e.is_complex()):
+        wrong = int((a != e).sum())
+        return Difference("value", f"{name}: {wrong} of {e.numel()} elements differ") if wrong else None
+    return _float_difference(name, a.reshape(-1), e.reshape(-1))
+
+
+def _float_difference(name: str, a: torch.Tensor, e: torch.Tensor) -> Difference | None:
+    tolerance = TOLERANCE.get(e.dtype, 1e-4 if e.is_complex() else LOW_PRECISION_TOLERANCE)
+    low = e.dtype not in (torch.float32, torch.float64)
+    wide = e.dtype if e.is_complex() else (torch.float64 if e.dtype == torch.float64 else torch.float32)
+    square, finite_count = 0.0, 0
+    for start in range(0, e.numel(), _CHUNK):
+        part = e[start : start + _CHUNK].to(wide)
+        finite = torch.isfinite(part)
+        kept = part if bool(finite.all()) else part[finite]
+        square += float(torch.linalg.vector_norm(kept, dtype=torch.float64 if not e.is_complex() else None) ** 2)
+        finite_count += kept.numel()
+    rms = (square / max(finite_count, 1)) ** 0.5
+    wrong, worst, worst_allowed = 0, 0.0, 0.0
+    for start in range(0, e.numel(), _CHUNK):
+        ours, theirs = a[start : start + _CHUNK].to(wide), e[start : start + _CHUNK].to(wide)
+        delta = (ours - theirs).abs()
+        allowed = theirs.abs().mul_(tolerance).add_(tolerance * rms)
+        bad = ~(delta <= allowed)
+        if not bool(bad.any()):
+            continue
+        same = (ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs))
+        bad &= ~same
+        if bool((bad & ~torch.isfinite(ours)).any()):
+            return Difference("nan", f"{name} has NaN or infinity where the reference has none")
+        if bool((bad & ~torch.isfinite(theirs)).any()):
+            return Difference("nan", f"{name} has numbers where the reference has NaN or infinity")
+        if bool(bad.any()):
+            wrong += int(bad.sum())
+            ratio, at = (delta / allowed).masked_fill_(~bad, 0).max(dim=0)
+            if float(ratio) > worst_allowed:
+                worst, worst_allowed = float(delta[at]), float(ratio)
+    if wrong and not (low and wrong <= OUTLIER_SHARE * e.numel() and worst_allowed <= OUTLIER_FACTOR):
+        share = 100.0 * wrong / e.numel()
+        return Difference(
+            "value",
+            f"{name}: {share:.3g} % of the elements differ by more than {tolerance:g} (worst by {worst:.3g}, rms {rms:.3g})",
+        )
+    return None

@@ -1,0 +1,228 @@
+"""One evaluation, start to verdict: compile, check, time, check again on hidden inputs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .base import Candidate, Stage, Status, Task
+from .buildcache import BuildFolder
+from .children import Child
+from .tensors import create_region
+from .timing import Speedup, skips_repeats, speedup
+from .worker import Ended, Worker
+
+TIMING_SLOTS = 2
+BLOCK_NS = 20_000_000
+MAX_REPEATS = 200
+MIN_REPEATS = 8
+UNSEEN_FACTOR, UNSEEN_SLACK_NS = 1.0, 3_000_000
+
+
+class Evaluation:
+    """The stages of one candidate on one worker; each raises Ended when it ends there."""
+
+    def __init__(self, worker: Worker, request: dict[str, Any]) -> None:
+        self.worker, self.limits, self.job = worker, worker.limits, str(request["job"])
+        self.task = Task(**request["task"])
+        self.candidate = Candidate(request["candidate"])
+        self.stages: dict[str, float] = {}
+        self.layouts: dict[int, Any] = {}
+        self.fresh: list[int] = []
+        self.repeats: list[int] = []
+        self.reference: list[int] = []
+        self.unseen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        self.worker.link.send({"job": self.job, "stage": stage})
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[stage] = round(time.monotonic() - start, 4)
+
+    def run(self) -> Speedup:
+        regions = (create_region("inputs"), create_region("outputs"))
+        try:
+            with BuildFolder(self.worker.cache, self.candidate.hash) as build:
+                with self.stage(Stage.COMPILE):
+                    self._compile(regions, build)
+                    build.keep()
+                with self.stage(Stage.CHECK):
+                    self._check()
+                with self.stage(Stage.TIME):
+                    result = self._time()
+                    self._check_hidden()
+                return result
+        finally:
+            for fd in regions:
+                os.close(fd)
+
+    # -- compile ---------------------------------------------------------------------------------------------------
+
+    def _compile(self, regions: tuple[int, int], build: BuildFolder) -> None:
+        worker = self.worker
+        worker.stage = "import"
+        self.child = worker.start_candidate(self.candidate, regions, build.path)
+        self.judge = worker.judge_for(self.task)
+        worker.ask(self.judge, {"op": "begin"}, regions)
+        self.owed = self.limits.check_seeds + TIMING_SLOTS + 1
+        for slot in range(self.owed):
+            worker.ask(self.judge, {"op": "prepare", "slot": slot, "seed": secrets.randbits(48)})
+        worker.reply(self.child, self.limits.compile_s, "importing the module")
+        worker.stage = "construct"
+        begun = self._judge_reply("loading the reference")
+        while begun.get("event") != "begun":
+            begun = self._judge_reply("loading the reference")
+        worker.ask(self.child, {"op": "construct"} | {key: begun[key] for key in ("init", "weights", "seed")})
+        worker.reply(self.child, self.limits.compile_s, "constructing ModelNew")
+
+    def _judge_reply(self, doing: str) -> dict[str, Any]:
+        return self.worker.reply(self.judge, self.limits.task_s, doing)
+
+    def _layout(self, slot: int) -> Any:
+        """The inputs of a slot; the judge answers in the order of slots."""
+        while slot not in self.layouts:
+            self.layouts[len(self.layouts)] = self._judge_reply("preparing inputs")["inputs"]
+        return self.layouts[slot]
+
+    # -- check -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self.worker.stage = "check"
+        for slot in range(self.limits.check_seeds):
+            self._check_slot(slot)
+
+    def _check_hidden(self) -> None:
+        self._check_slot(self.limits.check_seeds + TIMING_SLOTS, " (on inputs kept back until after timing)")
+
+    def _check_slot(self, slot: int, note: str = "") -> None:
+        self.worker.ask(self.child, {"op": "run", "slot": slot, "inputs": self._layout(slot)})
+        ran = self.worker.reply(self.child, self.limits.check_s, "running on fresh inputs")
+        self._compare(slot, ran, note)
+
+    def _compare(self, slot: int, ran: dict[str, Any], note: str = "") -> None:
+        self._layout(self.owed - 1)  # replies of the judge come in order: take those owed first
+        keys = ("outputs", "inputs", "aliases", "previous")
+        if ran.get("event") != "ran" or any(key not in ran for key in keys):
+            raise Ended(Status.REJECTED, "forged message: not the answer that was asked for")
+        self.worker.ask(self.judge, {"op": "compare", "slot": slot} | {key: ran[key] for key in keys})
+        found = self._judge_reply("comparing")
+        if found["status"] != "ok":
+            status = Status.WRONG if found["status"] == "wrong" else Status.REJECTED
+            raise Ended(status, found["reason"] + note, found["reason"])
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def _time(self) -> Speedup:
+        worker = self.worker
+        worker.stage = "time"
+        slots = list(range(self.limits.check_seeds, self.limits.check_seeds + TIMING_SLOTS))
+        worker.ask(self.child, {"op": "stage", "inputs": {str(slot): self._layout(slot) for slot in slots}})
+        worker.reply(self.child, self.limits.check_s, "taking the timing inputs")
+        self.deadline = time.monotonic() + self.limits.time_s
+        first = self._block(slots)
+        self.fresh = first
+        self._show(slots[-1])
+        count = max(2, min(MAX_REPEATS, int(BLOCK_NS / max(1.0, sum(first) / len(first)))))
+        budget = time.monotonic() + self.limits.timing_budget_s
+        self.reference.clear()
+        self.unseen.clear()
+        while True:
+            sequence = [secrets.choice(slots) for _ in range(count)]
+            self.repeats += self._block(sequence)
+            result = speedup(self.reference, self.repeats, seed=len(self.repeats))
+            over = time.monotonic() > budget
+            enough = len(self.repeats) >= MIN_REPEATS and result.half_width <= self.limits.precision
+            if over or enough:
+                self._show(sequence[-1])
+                break
+            if secrets.randbelow(4) == 0:
+                self._show(sequence[-1])
+        self._reject_tricks()
+        return result
+
+    def _block(self, sequence: list[int]) -> list[int]:
+        """The reference, then the candidate, on the same slots; both are also timed from here."""
+        spent: list[int] = []
+        times: list[list[int]] = []
+        for child, doing in ((self.judge, "timing the reference"), (self.child, "timing")):
+            start = time.perf_counter_ns()
+            self.worker.ask(child, {"op": "time", "sequence": sequence})
+            left = max(0.1, self.deadline - time.monotonic())
+            answer = self.worker.reply(child, left, doing)
+            spent.append(time.perf_counter_ns() - start)
+            times.append(_times(child, answer, len(sequence), spent[-1]))
+        self.reference += times[0]
+        around = (spent[0] - sum(times[0]), spent[1] - sum(times[1]))
+        self.unseen.append((around[1] - around[0], sum(times[1])))
+        return times[1]
+
+    def _show(self, slot: int) -> None:
+        self.worker.ask(self.child, {"op": "show"})
+        shown = self.worker.reply(self.child, self.limits.check_s, "showing the last result")
+        self._compare(slot, shown, " (in a timed call)")
+
+    def _reject_tricks(self) -> None:
+        if skips_repeats(self.fresh, self.repeats):
+            raise Ended(Status.REJECTED, "it is fast only on inputs that it has seen before")
+        if all(extra > UNSEEN_FACTOR * told + UNSEEN_SLACK_NS for extra, told in self.unseen):
+            raise Ended(Status.REJECTED, "it reports less time than the supervisor's clock saw")
+
+
+def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> list[int]:
+    """The times of an answer; a candidate that reports impossible ones is rejected."""
+    times = answer.get("ns")
+    if (
+        not isinstance(times, list)
+        or len(times) != count
+        or not all(type(value) is int and value > 0 for value in times)
+        or sum(times) > spent_ns * 1.05 + 1_000_000
+    ):
+        raise Ended(Status.REJECTED, f"forged message: the times of the {child.kind} are impossible")
+    return times
+
+
+def evaluate(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
+    """The message with the verdict. Raises only PoolGone."""
+    evaluation = Evaluation(worker, request)
+    verdict: dict[str, object] = {"candidate": evaluation.candidate.hash, "device": worker.device, "sandbox": worker.level}
+    try:
+        result = evaluation.run()
+        verdict |= {
+            "status": Status.CORRECT,
+            "speedup": round(result.speedup, 4),
+            "interval": [round(result.low, 4), round(result.high, 4)],
+            "candidate_ms": round(result.candidate_ms, 6),
+            "reference_ms": round(result.reference_ms, 6),
+        }
+    except Ended as ended:
+        verdict |= {"status": ended.status, "reason": ended.reason, "digest": ended.digest}
+    finally:
+        worker.end(worker.candidate)
+    return {"job": evaluation.job, "verdict": verdict | {"stages": evaluation.stages}}
+
+
+def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
+    """The message with what is wrong with a task, None when nothing is. Raises only PoolGone."""
+    try:
+        judge = worker.judge_for(Task(**request["task"]))
+        regions = (create_region("inputs"), create_region("outputs"))
+        try:
+            if judge.pending:
+                worker.reply(judge, worker.limits.task_s, "loading the reference")
+            for message, fds in (({"op": "begin"}, regions), ({"op": "probe"}, ())):
+                worker.ask(judge, message, fds)
+                answer = worker.reply(judge, worker.limits.task_s, str(message["op"]))
+            error = str(answer["error"]) or None
+        finally:
+            for fd in regions:
+                os.close(fd)
+    except Ended as ended:
+        error = ended.reason.removeprefix("the task's reference failed: ")
+    return {"job": request["job"], "task": error}

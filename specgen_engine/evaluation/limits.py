@@ -1,0 +1,52 @@
+"""What an evaluation may take, and how it is done: the knobs that an operator may turn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+SANDBOXES = ("off", "prefer", "require")
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationLimits:
+    """Limits of one evaluation; seconds are wall time, bytes are of the candidate's whole process tree.
+
+    task_s: import of the reference, its construction and one set of inputs with expected outputs.
+    compile_s: import of the candidate (load_inline compiles there) and construction of ModelNew.
+    check_s: one call of ModelNew on one seed, with the first call's just-in-time compilation.
+    time_s: the whole timing stage.  timing_budget_s: how long timing repeats when its interval stays wide.
+    precision: half width of the 95 % interval, as a share of the speed-up, at which timing stops early.
+    output_bytes: what a candidate may print.  source_bytes: how long its text may be.
+    check_seeds: seeds checked before timing; one more, hidden, is checked after it.
+    threads: torch and OpenMP threads of reference and candidate on a CPU.
+    processes: processes a candidate may have at once (compilers among them).
+    sandbox: off, prefer (the best level this machine offers) or require (refuse to start without kernel isolation).
+
+    Raises ValueError naming field and value when one is out of range.
+    """
+
+    task_s: float = 60.0
+    compile_s: float = 180.0
+    check_s: float = 30.0
+    time_s: float = 30.0
+    timing_budget_s: float = 1.0
+    precision: float = 0.03
+    memory_bytes: int = 8 << 30
+    output_bytes: int = 1 << 20
+    source_bytes: int = 1 << 20
+    check_seeds: int = 3
+    threads: int = 1
+    processes: int = 64
+    sandbox: str = "prefer"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "sandbox":
+                if value not in SANDBOXES:
+                    raise ValueError(f"sandbox={value!r}: use one of {', '.join(SANDBOXES)}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{field.name}={value!r}: use a number above 0")
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)

@@ -1,0 +1,68 @@
+"""Importing a module from text, running its model; shared by the judge's process and the candidate's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .clock import Clock
+from .tensors import map_tensors
+
+
+def load_module(source: str, name: str, folder: Path) -> ModuleType:
+    """Import source as a file of its own (Triton reads kernels back from their file). Raises what the module raises."""
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def construct(module: ModuleType, entry: str, init_inputs: Sequence[Any], seed: int, device: str) -> Any:
+    """Build entry(*init_inputs) under a seed and move it to the device, as KernelBench does."""
+    torch.manual_seed(seed)
+    model = getattr(module, entry)(*init_inputs)
+    return model.to(device) if isinstance(model, torch.nn.Module) else model
+
+
+class TimedCalls:
+    """Calls on working buffers whose contents are replaced before every call: addresses repeat, contents do not."""
+
+    def __init__(self, model: Any, sources: dict[int, list[Any]], clock: Clock) -> None:
+        self.model, self.sources, self.clock = model, sources, clock
+        self.working = map_tensors(next(iter(sources.values())), torch.clone)
+        self._flat = _flatten(self.working)
+
+    def run(self, sequence: Sequence[int], call: Any) -> tuple[list[int], Any]:
+        """Times of call(*inputs), one for each slot named in sequence, in ns; and the last result."""
+        times: list[int] = []
+        result: Any = None
+        for slot in sequence:
+            result = None
+            for target, origin in zip(self._flat, _flatten(self.sources[slot]), strict=True):
+                target.copy_(origin)
+            self.clock.settle()
+            elapsed, result = self.clock.time(lambda: call(*self.working))
+            times.append(elapsed)
+        return times, result
+
+
+def _flatten(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def shares_memory(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:
+    """Does any output live in the storage of an input?"""
+    origins = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
+    return any(tensor.untyped_storage().data_ptr() in origins for tensor in outputs if tensor.numel())

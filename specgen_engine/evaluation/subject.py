@@ -1,0 +1,129 @@
+"""The candidate's process: imports ModelNew, calls it when told, lays its results out for the judge.
+
+What is said here is said by a process that runs foreign code. The judge compares, the supervisor keeps the clock.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import Candidate
+from .clock import clock_for
+from .modules import TimedCalls, construct, load_module, shares_memory
+from .static import static_check
+from .tensors import map_tensors, read_values, tensors_of, write_values
+from .wire import Channel, clip
+
+
+class NotPlain(Exception):
+    """The result is not made of plain tensors."""
+
+
+class Subject:
+    """Answers the supervisor's messages; see the methods named after their op."""
+
+    def __init__(self, channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int]) -> None:
+        self.channel, self.candidate, self.device = channel, candidate, device
+        self.inputs_fd, self.outputs_fd = regions
+        self.previous: tuple[int, Any] | None = None
+        self.calls: TimedCalls | None = None
+
+    def load(self) -> None:
+        self.module = load_module(self.candidate.source, "candidate", Path.cwd())
+        self.clock = clock_for(self.device)
+
+    def construct(self, init: Any, weights: Any, seed: int) -> dict[str, object]:
+        """ModelNew under the reference's seed; with the reference's weights where names and shapes agree."""
+        init_inputs = read_values(self.inputs_fd, init)
+        self.model = construct(self.module, "ModelNew", init_inputs, seed, self.device)
+        if isinstance(self.model, torch.nn.Module):
+            given = read_values(self.inputs_fd, weights, self.device)
+            own = self.model.state_dict()
+            if own and own.keys() == given.keys() and all(own[key].shape == given[key].shape for key in own):
+                self.model.load_state_dict(given)
+        return {"event": "constructed"}
+
+    def run(self, slot: int, inputs: Any) -> dict[str, object]:
+        """One call on inputs not seen before; results, inputs as they are now and the former results are laid out."""
+        arguments = read_values(self.inputs_fd, inputs, self.device)
+        self.clock.settle()
+        result = self.model(*arguments)
+        self.clock.settle()
+        _require_plain(result)
+        aliases = shares_memory(tensors_of(result), tensors_of(arguments))
+        outputs, end = write_values(self.outputs_fd, result)
+        after, end = write_values(self.outputs_fd, arguments, end)
+        former: list[Any] | None = None
+        if self.previous is not None:
+            former = [self.previous[0], write_values(self.outputs_fd, self.previous[1], end)[0]]
+        self.previous = (slot, result)
+        return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": former}
+
+    def stage(self, layouts: dict[str, Any]) -> dict[str, object]:
+        """Take over the timing inputs; nothing is called yet."""
+        self.previous = None
+        sources = {int(slot): read_values(self.inputs_fd, layout, self.device) for slot, layout in layouts.items()}
+        self.calls = TimedCalls(self.model, sources, self.clock)
+        return {"event": "staged"}
+
+    def time(self, sequence: list[int]) -> dict[str, object]:
+        assert self.calls is not None
+        times, self.last = self.calls.run(sequence, self.model)
+        return {"event": "timed", "ns": times}
+
+    def show(self) -> dict[str, object]:
+        """The result of the last timed call, apart from the timed block."""
+        _require_plain(self.last)
+        outputs, end = write_values(self.outputs_fd, self.last)
+        assert self.calls is not None
+        after, _ = write_values(self.outputs_fd, self.calls.working, end)
+        aliases = shares_memory(tensors_of(self.last), tensors_of(self.calls.working))
+        return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": None}
+
+    def answer(self, message: dict[str, Any]) -> dict[str, object]:
+        op = message["op"]
+        if op == "construct":
+            return self.construct(message["init"], message["weights"], message["seed"])
+        if op == "run":
+            return self.run(message["slot"], message["inputs"])
+        if op == "stage":
+            return self.stage(message["inputs"])
+        if op == "time":
+            return self.time(message["sequence"])
+        return self.show()
+
+
+def _require_plain(result: Any) -> None:
+    def check(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise NotPlain(f"it returns a {type(tensor).__name__}, not a plain tensor")
+        return tensor
+
+    map_tensors(result, check)
+
+
+def main(
+    channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int], source_bytes: int
+) -> None:
+    """Serve until the supervisor closes the channel or the candidate fails."""
+    send, receive = channel.send, channel.recv
+    fault = static_check(candidate.source, source_bytes)
+    if fault:
+        send({"event": "error", "kind": str(fault.status), "text": fault.reason, "line": fault.reason})
+        return
+    try:
+        subject = Subject(channel, candidate, device, regions)
+        subject.load()
+        send({"event": "imported"})
+        with torch.no_grad():
+            while (message := receive()) is not None:
+                send(subject.answer(message))
+    except NotPlain as error:
+        send({"event": "error", "kind": "rejected", "text": str(error), "line": str(error)})
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: the candidate may raise anything
+        text = clip("".join(traceback.format_exception(error)))
+        send({"event": "error", "kind": "raised", "text": text, "line": f"{type(error).__name__}: {error}"[:400]})
