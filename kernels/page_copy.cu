@@ -1,0 +1,24 @@
+#include "page_copy.hpp"
+
+#include "page_copy_bulk.cuh"
+#include "page_copy_vector.cuh"
+
+namespace specgen {
+
+cudaError_t prepare_page_copy(uint32_t shared_bytes) {
+    return cudaFuncSetAttribute(copy_pages_by_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+}
+
+cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& shape, uint32_t* finished_blocks, cudaStream_t stream) {
+    if (transfer.pages == 0) return cudaSuccess;
+    if (shape.method == CopyMethod::kVector) {
+        copy_pages_by_vector<<<shape.blocks, shape.warps * 32, 0, stream>>>(transfer, finished_blocks);
+    } else {
+        const uint32_t shared_bytes = shape.warps * shape.stages * shape.stage_bytes;
+        const BulkShape ring{shape.stages, shape.stage_bytes, shape.timeout_ns};
+        copy_pages_by_bulk<<<shape.blocks, shape.warps * 32, shared_bytes, stream>>>(transfer, ring, finished_blocks);
+    }
+    return cudaGetLastError();
+}
+
+}  // namespace specgen
