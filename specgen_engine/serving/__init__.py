@@ -1,1 +1,3 @@
-"""What serving on a machine without a GPU takes: models from packages, environment and arguments of SGLang's CPU engine."""
+"""What serving on a machine without a GPU takes: models from packages, environment and arguments of SGLang's CPU
+engine.
+"""

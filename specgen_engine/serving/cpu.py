@@ -1,8 +1,8 @@
 """What SGLang 0.5.17's CPU engine needs to come up without a GPU: environment variables and server arguments.
 
-Measured on two cores of an AMD EPYC with AVX-512, sglang 0.5.17, torch 2.11, float32 (README gives the command): the server is up in 63-78 s,
-nearly all of it three processes importing for 22 s of processor time each; SmolLM2-135M decodes 13 tokens/s alone and 60 in a batch of
-eight, the tiny model 190-210 alone and 640 in a batch of eight.
+Measured on two cores of an AMD EPYC with AVX-512, sglang 0.5.17, torch 2.11, float32: the
+server is up in 63-78 s, nearly all of it three processes importing for 22 s of processor time each; SmolLM2-135M
+decodes 13 tokens/s alone and 60 in a batch of eight, the tiny model 190-210 alone and 640 in a batch of eight.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 STUB = Path(__file__).parent / "stub"
 
-# The option's name, and its value or None for a switch. Kernels of the other choices are CUDA; in bfloat16 greedy output depends on the
-# batch's size (torch's CPU GEMMs), so forks would change a base by rounding.
+# The option's name, and its value or None for a switch. Kernels of the other choices are CUDA; in bfloat16 greedy
+# output depends on the batch's size (torch's CPU GEMMs), so forks would change a base by rounding.
 DEFAULTS: tuple[tuple[str, str | None], ...] = (
     ("--device", "cpu"),
     ("--attention-backend", "torch_native"),
@@ -56,8 +56,9 @@ def cpu_environment(
 ) -> dict[str, str]:
     """A copy of `environ` (default: this process's) in which the CPU engine runs; hand it to the server's process.
 
-    `page_size` in tokens: above 1 the paged allocator's Triton kernels run in Triton's interpreter. `model_module` names the one file in
-    SGLang's models/ to register ("llama"); the other two hundred are then not imported (about 4 s less start-up).
+    `page_size` in tokens: above 1 the paged allocator's Triton kernels run in Triton's interpreter. `model_module`
+    names the one file in SGLang's models/ to register ("llama"); the other two hundred are then not imported (about 4 s
+    less start-up).
     """
     if page_size < 1:
         raise ValueError(f"page_size: {page_size} must be 1 or more")

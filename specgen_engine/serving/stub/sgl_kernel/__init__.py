@@ -1,7 +1,8 @@
 """Stand-in for the `sgl_kernel` wheel on machines without a GPU, put ahead of it on PYTHONPATH by `cpu_environment`.
 
-The wheel's extensions need libcuda even to be imported, while the CPU engine imports it in many places and calls it in none. So every name
-and every submodule can be imported here, and calling one raises NotImplementedError with its dotted name.
+The wheel's extensions need libcuda even to be imported, while the CPU engine imports it in many places and calls it in
+none. So every name and every submodule can be imported here, and calling one raises NotImplementedError with its dotted
+name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class MissingKernel:
         self.__name__ = self.__qualname__ = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{self.__name__} needs a GPU: this process runs with the CPU stand-in for sgl_kernel")
+        raise NotImplementedError(
+            f"{self.__name__} needs a GPU: this process runs with the CPU stand-in for sgl_kernel"
+        )
 
     def __getattr__(self, name: str) -> MissingKernel:
         return _missing(self.__name__, name)
