@@ -11,7 +11,8 @@ from specgen_engine.controller.triggers import closes_fence, fence_marker, opens
 PYTHON_LANGUAGES = ("", "py", "python", "python3")
 
 _TURNS = re.compile(
-    r"(?:^|[.!?]\s+|\n)\s*(?:but\s+|so\s+)?(?:wait|hmm|actually|alternatively|let me|let's see|hold on|on second thought)\b",
+    r"(?:^|[.!?]\s+|\n)\s*(?:but\s+|so\s+)?"
+    r"(?:wait|hmm|actually|alternatively|let me|let's see|hold on|on second thought)\b",
     re.IGNORECASE,
 )
 _LONG_PREAMBLE = 2_000

@@ -117,7 +117,7 @@ class BestOf:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Spec ``plateau:K``: a correct candidate faster than the reference, then K verdicts in a row without 5 % gain over it.
+    """Spec ``plateau:K``: a correct candidate with speed-up > 1, then K verdicts in a row without 5 % gain over it.
 
     A gain in small steps counts once their sum reaches 5 % of the candidate that the count started from.
     """

@@ -100,7 +100,8 @@ def style_of(
         if dots and opened and closed:
             return ThinkingStyle("custom", opened, closed)
         raise ValueError(
-            f"thinking={override!r}: no such style; use one of {', '.join(STYLES)}, or both markers as <think>...</think>"
+            f"thinking={override!r}: no such style; use one of {', '.join(STYLES)}, "
+            "or both markers as <think>...</think>"
         )
     if reasoning_parser:
         return _from_parser(reasoning_parser)
@@ -143,8 +144,8 @@ class PhaseState(NamedTuple):
 class ReasoningPhase:
     """Whether an output is inside its thinking, as a pure machine over decoded tokens.
 
-    opened: the prompt opened the thinking already (``prompt_opens_thinking``). A model that starts with anything but the
-    open marker doesn't think: its output is an answer from the first token on.
+    opened: the prompt opened the thinking already (``prompt_opens_thinking``). A model that starts with anything but
+    the open marker doesn't think: its output is an answer from the first token on.
     """
 
     style: ThinkingStyle

@@ -1,8 +1,9 @@
 """Triggers: where in a running reasoning a fork is made.
 
-A trigger is a pure state machine over decoded tokens: ``start()`` gives its first state, ``step(state, piece, position)``
-the next one and, when it fires at this token, the spec that fired. The scheduler runs it for every decoded token on
-every tensor-parallel rank, the replay and the offline study on recorded text, so it looks at nothing but its arguments.
+A trigger is a pure state machine over decoded tokens: ``start()`` gives its first state, ``step(state, piece,
+position)`` the next one and, when it fires at this token, the spec that fired. The scheduler runs it for every decoded
+token on every tensor-parallel rank, the replay and the offline study on recorded text, so it looks at nothing but its
+arguments.
 States are immutable and may be kept, copied and compared.
 """
 
@@ -175,7 +176,7 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Spec ``draft``: a closed code fence in which ModelNew is defined; such a block can be harvested without a generation."""
+    """Spec ``draft``: a closed code fence in which ModelNew is defined; it can be harvested without a generation."""
 
     spec: str = "draft"
 
@@ -244,7 +245,7 @@ class AnyOf:
         last, inner = state
         fired: str | None = None
         after = []
-        for (spec, trigger, gap), before in zip(self.members, inner):
+        for (spec, trigger, gap), before in zip(self.members, inner, strict=True):
             now, name = trigger.step(before, piece, position)
             after.append(now)
             if name is not None and fired is None and position - last >= gap:

@@ -72,7 +72,7 @@ class Trace:
         return source_hash(self.task_source)
 
     def digest(self) -> str:
-        """SHA-256 over everything that a replay feeds to the engine: task, reasoning, marks, answers; no measurements."""
+        """SHA-256 over all that a replay feeds to the engine: task, reasoning, marks, answers; no measurements."""
         content = [
             self.task_source,
             [[one.number, one.reasoning, one.marks, sorted(one.forks.items()), one.final] for one in self.iterations],
@@ -207,7 +207,8 @@ def _iteration(folder: Path, number: int) -> Iteration:
     for entry in sorted(folder.iterdir()):
         if (match := _FORK_FILE.fullmatch(entry.name)) and int(match[1]) not in forks:
             raise TraceError(
-                f"{path}: cut off? {entry.name} is there but no line [[fork {match[1]}]]; restore the mark or delete the answer"
+                f"{path}: cut off? {entry.name} is there but no line [[fork {match[1]}]]; "
+                "restore the mark, or delete the answer"
             )
     final = _answer(folder / "final.md")
     return Iteration(number, reasoning, marks, forks, final, _measured(folder / "measured.json"))

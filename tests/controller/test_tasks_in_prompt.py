@@ -11,7 +11,8 @@ EXAMPLE = TASK.replace("[]", "[1]")
 
 
 def test_the_task_follows_the_worked_example() -> None:
-    prompt = f"Example:\n```python\n{EXAMPLE}```\nBecomes:\n```python\nclass ModelNew: ...\n```\nYou are given:\n```\n{TASK}```\nGo."
+    example = f"Example:\n```python\n{EXAMPLE}```\nBecomes:\n```python\nclass ModelNew: ...\n```\n"
+    prompt = f"{example}You are given:\n```\n{TASK}```\nGo."
     assert find_task(prompt) == TASK
 
 

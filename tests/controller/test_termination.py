@@ -100,7 +100,8 @@ def test_a_wrong_candidate_with_a_speedup_and_a_broken_number_count_for_nothing(
 
 def test_best_is_the_earlier_of_two_equals() -> None:
     top = best(search(1.0, 3.0, 3.0))
-    assert top is not None and top.hash == "h1"
+    assert top is not None
+    assert top.hash == "h1"
     assert best([]) is None
 
 

@@ -61,7 +61,7 @@ def test_the_bundled_trace(encode: Callable) -> None:
     tokenised = TokenisedIteration.of(iteration, encode)
     assert len(tokenised.ids) == len(tokenised.pieces) == 3472
     assert "".join(tokenised.pieces) == iteration.reasoning
-    for mark, position in zip(iteration.marks, tokenised.positions):
+    for mark, position in zip(iteration.marks, tokenised.positions, strict=True):
         assert "".join(tokenised.pieces[:position]) == iteration.reasoning[: mark.char_offset]
 
 
@@ -81,7 +81,7 @@ def test_a_mark_inside_a_token_is_reached_with_that_token(encode: Callable) -> N
     iteration = Iteration(1, "wonderful 🦙 day", (Mark(7, 0), Mark(2, 4), Mark(3, 11)), {7: "g", 2: "a", 3: "b"}, "f")
     tokenised = TokenisedIteration.of(iteration, encode)
     assert "".join(tokenised.pieces) == iteration.reasoning
-    for mark, position in zip(iteration.marks, tokenised.positions):
+    for mark, position in zip(iteration.marks, tokenised.positions, strict=True):
         assert len("".join(tokenised.pieces[:position])) >= mark.char_offset
         assert position == 0 or len("".join(tokenised.pieces[: position - 1])) < mark.char_offset
     assert tokenised.answer_at(0) == (7, "g")

@@ -1,0 +1,265 @@
+"""One search in virtual time: a recorded reasoning, its recorded answers, and a model of engine and evaluators.
+
+The same triggers and criteria as in the live system run here. Fork slowdown: 0.9 % for one 400-token fork every 400
+tokens of one base, 9 % with eight bases and as many forks, on one H200 (DESIGN.md): about 1 % a fork in flight.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from specgen_engine.controller.termination import Criterion, Never, Scored, best
+from specgen_engine.evaluation.base import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """tokens_per_s: one request's decode rate; prefill_s: a fork's time to first token with a reused prefix;
+    max_forks: in flight at once; evaluators: GPUs that check and time; compilers: candidates compiled at once."""
+
+    tokens_per_s: float
+    fork_slowdown: float = 0.01
+    prefill_s: float = 0.1
+    max_forks: int = 8
+    evaluators: int = 3
+    compilers: int = 8
+
+
+class Answer(NamedTuple):
+    """A recorded answer: its length, and what its evaluation gave and took (seconds on CPU, then on the GPU)."""
+
+    label: str
+    hash: str
+    tokens: int
+    status: Status
+    speedup: float | None
+    compile_s: float
+    gpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """tokens: of the reasoning; marks: token position of each fork answer, ascending."""
+
+    name: str
+    family: str
+    tokens: int
+    marks: tuple[int, ...]
+    forks: tuple[Answer, ...]
+    final: Answer
+
+    def answer_at(self, position: int) -> Answer | None:
+        found = None
+        for mark, answer in zip(self.marks, self.forks, strict=True):
+            if mark > position:
+                break
+            found = answer
+        return found
+
+
+class View(NamedTuple):
+    """What a policy may know when one of its points is reached: tokens, and nothing of the recording's future."""
+
+    position: int
+    last_fork: int
+    in_flight: int
+    waiting: int
+    best_speedup: float
+    distinct: int
+
+
+class Outcome(NamedTuple):
+    """A finished search; accepted is None when no candidate was correct. Seconds are virtual."""
+
+    seconds: float
+    ended_by: str
+    accepted: Scored | None
+    forks: int
+    fork_tokens: int
+    verdicts: int
+    base_tokens: int
+
+
+Admit = Callable[[View], bool]
+Observe = Callable[[View, float, int], None]
+
+
+class _Fork(NamedTuple):
+    answer: Answer | None
+    view: View
+    ends_at: float
+
+
+@dataclass(slots=True)
+class _Evaluators:
+    """Two stages, each first come first served with the base's own answer in front; completions by time."""
+
+    machine: Machine
+    queues: tuple[list, list] = field(default_factory=lambda: ([], []))
+    busy: list[int] = field(default_factory=lambda: [0, 0])
+    running: list = field(default_factory=list)
+    count: int = 0
+
+    def submit(self, now: float, answer: Answer, source: str, stage: int = 0) -> None:
+        self.count += 1
+        heapq.heappush(self.queues[stage], (source != "base", self.count, answer, source))
+        self._start(now, stage)
+
+    def _start(self, now: float, stage: int) -> None:
+        slots = (self.machine.compilers, self.machine.evaluators)[stage]
+        while self.queues[stage] and self.busy[stage] < slots:
+            _, order, answer, source = heapq.heappop(self.queues[stage])
+            self.busy[stage] += 1
+            took = (answer.compile_s, answer.gpu_s)[stage]
+            heapq.heappush(self.running, (now + took, order, stage, answer, source))
+
+    def next_time(self) -> float:
+        return self.running[0][0] if self.running else math.inf
+
+    def complete(self) -> tuple[Answer, str] | None:
+        """Finish the earliest running stage; the answer and its source when that was its last one."""
+        now, _, stage, answer, source = heapq.heappop(self.running)
+        self.busy[stage] -= 1
+        self._start(now, stage)
+        if stage == 0:
+            self.submit(now, answer, source, stage=1)
+            return None
+        return answer, source
+
+    def waiting(self) -> int:
+        return len(self.queues[0]) + len(self.queues[1])
+
+
+def _always(view: View) -> bool:
+    return True
+
+
+class _Search:
+    """State of one search while its virtual time runs; see ``run_search``."""
+
+    def __init__(self, recording: Recording, machine: Machine, criterion: Criterion, observe: Observe | None):
+        self.recording, self.machine, self.criterion, self.observe = recording, machine, criterion, observe
+        self.now = self.base = self.fork_tokens = 0.0
+        self.active: list[_Fork] = []
+        self.work = 0.0
+        self.evaluators = _Evaluators(machine)
+        self.scored: list[Scored] = []
+        self.submitted: dict[str, View] = {}
+        self.forks, self.last_fork = 0, 0
+
+    def view(self, position: int) -> View:
+        top = best(self.scored)
+        speed = top.speedup if top and top.speedup else 0.0
+        waiting = self.evaluators.waiting()
+        return View(position, self.last_fork, len(self.active), waiting, speed, len(self.submitted))
+
+    def rate(self) -> float:
+        return self.machine.tokens_per_s / (1 + self.machine.fork_slowdown * len(self.active))
+
+    def fork(self, position: int, admit: Admit) -> None:
+        view = self.view(position)
+        if len(self.active) >= self.machine.max_forks or not admit(view):
+            return
+        answer = self.recording.answer_at(position)
+        tokens = (answer.tokens if answer else 1) + self.machine.prefill_s * self.machine.tokens_per_s
+        self.active.append(_Fork(answer, view, self.work + tokens))
+        self.forks, self.last_fork = self.forks + 1, position
+
+    def advance(self, seconds: float) -> None:
+        tokens = seconds * self.rate()
+        self.now, self.base, self.work = self.now + seconds, self.base + tokens, self.work + tokens
+        self.fork_tokens += tokens * len(self.active)
+
+    def finish_forks(self) -> None:
+        for fork in [one for one in self.active if one.ends_at <= self.work + 1e-6]:
+            self.active.remove(fork)
+            fresh = fork.answer is not None and fork.answer.hash not in self.submitted
+            if fresh and fork.answer is not None:
+                self.submitted[fork.answer.hash] = fork.view
+                self.evaluators.submit(self.now, fork.answer, "fork")
+            elif self.observe:
+                self.observe(fork.view, 0.0, fork.answer.tokens if fork.answer else 1)
+
+    def verdict(self, answer: Answer, source: str) -> bool:
+        """Record one verdict; True when the search ends with it."""
+        self.scored.append(Scored(answer.hash, answer.status, answer.speedup, source, len(self.scored)))  # type: ignore[arg-type]
+        if self.observe and source == "fork":
+            self.observe(self.submitted[answer.hash], answer.speedup or 0.0, answer.tokens)
+        return source == "base" or self.criterion.decide(self.scored) is not None
+
+
+def run_search(
+    recording: Recording,
+    machine: Machine,
+    criterion: Criterion,
+    points: Sequence[int],
+    admit: Admit = _always,
+    observe: Observe | None = None,
+) -> Outcome:
+    """Play one search until its criterion holds or the verdict on the base's own answer is there.
+
+    points: reasoning tokens at which the policy's trigger fires; admit decides there whether a fork is made; observe is
+    told of each fork's end: what was known when it was made, the speed-up of its candidate (0 when it gave none, a
+    known or a failing one) and its tokens.
+    """
+    search = _Search(recording, machine, criterion, observe)
+    reasoning, whole = recording.tokens, recording.tokens + recording.final.tokens
+    stops = [point for point in points if point <= reasoning] + [whole]
+    at = 0
+    while True:
+        rate = search.rate()
+        to_stop = (stops[at] - search.base) / rate if at < len(stops) else math.inf
+        to_fork = min((fork.ends_at - search.work for fork in search.active), default=math.inf) / rate
+        to_verdict = search.evaluators.next_time() - search.now
+        step = max(0.0, min(to_stop, to_fork, to_verdict))
+        search.advance(step)
+        if to_verdict <= step:
+            done = search.evaluators.complete()
+            if done and search.verdict(*done):
+                break
+        elif to_fork <= step:
+            search.finish_forks()
+        elif at == len(stops) - 1:
+            at += 1
+            search.evaluators.submit(search.now, recording.final, "base")
+        else:
+            search.fork(stops[at], admit)
+            at += 1
+    decision = criterion.decide(search.scored)
+    top = best(search.scored)
+    by_hash = {one.hash: one for one in search.scored}
+    own = any(one.source == "base" for one in search.scored)
+    return Outcome(
+        search.now,
+        "criterion" if decision and not own else "reasoning",
+        by_hash[decision.hash] if decision else top,
+        search.forks,
+        round(search.fork_tokens),
+        len(search.scored),
+        round(min(search.base, whole)),
+    )
+
+
+def sequential(recording: Recording, machine: Machine) -> Outcome:
+    """Reason to the end, answer, evaluate: no fork at all."""
+    return run_search(recording, machine, Never(), ())
+
+
+def oracle_seconds(recording: Recording, machine: Machine, criterion: Criterion) -> float | None:
+    """Time with only the forks that the criterion needs, each at its mark and evaluated at once.
+
+    None when it never holds. Known only afterwards. For a target it is the first recorded fork that meets it.
+    """
+    scored: list[Scored] = []
+    ready = 0.0
+    for order, (mark, answer) in enumerate(zip(recording.marks, recording.forks, strict=True)):
+        scored.append(Scored(answer.hash, answer.status, answer.speedup, "fork", order))
+        ready = mark / machine.tokens_per_s + machine.prefill_s + answer.tokens / machine.tokens_per_s
+        ready += answer.compile_s + answer.gpu_s
+        if criterion.decide(scored):
+            return ready
+    return None
