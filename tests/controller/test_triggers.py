@@ -167,7 +167,7 @@ def test_plug_ins_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("spec", ["every:400", "paragraph", "fence", "draft", "transition"])
 def test_a_step_is_cheap(spec: str) -> None:
-    """The scheduler steps every request's trigger on every decoded token: 2 us typical, here with room for a busy CPU."""
+    """The scheduler steps every request's trigger on every decoded token: 2 us typical, more on a busy CPU."""
     pieces = cut(TEXT * 40, [4, 3, 5])
     trigger = parse_trigger(spec)
     best = float("inf")
