@@ -159,6 +159,16 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def innermost(pid: int, around: int) -> int:
+    """The process that runs the code, below `around` processes that a sandbox put around it."""
+    for _ in range(around):
+        try:
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        except (OSError, IndexError):
+            break
+    return pid
+
+
 def private_bytes(pid: int) -> tuple[int, int]:
     """(private resident bytes, processes) of a process and all below it."""
     total = count = 0

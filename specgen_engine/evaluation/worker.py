@@ -27,7 +27,6 @@ from .limits import EvaluationLimits
 from .wire import Channel, WireError, clip
 
 TICK_S = 0.1
-LINE_BYTES = 64 << 20
 
 
 class Ended(Exception):
@@ -72,15 +71,16 @@ class Link:
 class Worker:
     """Forks, waits with deadlines, kills; what an evaluation consists of is in evaluate.py."""
 
-    def __init__(self, link: Link, device: str, limits: EvaluationLimits, cache: Path) -> None:
+    def __init__(self, link: Link, device: str, limits: EvaluationLimits, cache: Path, root: Path) -> None:
         self.link, self.device, self.limits, self.cache = link, device, limits, cache
-        self.root = Path(tempfile.mkdtemp(prefix="specgen-worker-"))
+        self.root = root
         self.selector = selectors.DefaultSelector()
         self.selector.register(link.sock, selectors.EVENT_READ, None)
         self.judge: Child | None = None
         self.judge_key = ""
         self.candidate: Child | None = None
         self.job = ""
+        self.stage = "import"
         self.level = sandbox.level(limits.sandbox)
 
     # -- processes -------------------------------------------------------------------------------------------------
@@ -233,8 +233,6 @@ class Worker:
             return Ended(Status.RUNTIME_ERROR, f"the task's reference takes more than {seconds:g} s ({doing})")
         return Ended(Status.TIMEOUT, f"{doing} took more than {seconds:g} s")
 
-    stage = "compile"
-
     # -- life ------------------------------------------------------------------------------------------------------
 
     def judge_for(self, task: Task) -> Child:
@@ -290,7 +288,6 @@ class Worker:
         finally:
             self.end(self.candidate)
             self.end(self.judge)
-            shutil.rmtree(self.root, ignore_errors=True)
 
 
 def candidate_fault(kind: str, line: str, text: str, stage: str) -> Ended:

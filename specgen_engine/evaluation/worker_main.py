@@ -1,4 +1,4 @@
-"""Entry of a worker process: python -m specgen_engine.evaluation.worker_main FD DEVICE CACHE LIMITS-JSON"""
+"""Entry of a worker process: python -m specgen_engine.evaluation.worker_main FD DEVICE CACHE SCRATCH LIMITS-JSON"""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from . import children
 from .limits import EvaluationLimits
+from .sandbox import SandboxError
 
 
 def main() -> None:
     """Import everything that forked children need, then serve. Raises RuntimeError when CUDA got initialised."""
-    fd, device, cache, limits = sys.argv[1:5]
+    fd, device, cache, scratch, limits = sys.argv[1:6]
     children.become_subreaper()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import torch
@@ -29,7 +30,13 @@ def main() -> None:
         raise RuntimeError("the worker must not initialise CUDA: a forked child could not use it")
     gc.collect()
     gc.freeze()
-    Worker(Link(socket.socket(fileno=int(fd))), device, EvaluationLimits(**json.loads(limits)), Path(cache)).serve()
+    link = Link(socket.socket(fileno=int(fd)))
+    try:
+        worker = Worker(link, device, EvaluationLimits(**json.loads(limits)), Path(cache), Path(scratch))
+    except SandboxError as error:
+        link.send({"fatal": str(error)})
+        return
+    worker.serve()
 
 
 if __name__ == "__main__":

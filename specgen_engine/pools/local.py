@@ -8,8 +8,10 @@ import itertools
 import json
 import os
 import socket
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from ..evaluation.base import Candidate, Stage, Status, Task, Verdict
 from ..evaluation.limits import EvaluationLimits
 
 START_S = 180.0
+GRACE_S = 6.0
 LINE_BYTES = 16 << 20
 
 
@@ -137,16 +140,16 @@ class _Slot:
             pass
         finally:
             self.writer.close()
-            self.process.kill()
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self.process.wait)
+                await anyio.to_thread.run_sync(_bury, self.process, self.scratch)
 
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        self.scratch = Path(tempfile.mkdtemp(prefix="specgen-worker-"))
         limits = json.dumps(self.pool.limits.to_dict())
         command = [sys.executable, "-m", "specgen_engine.evaluation.worker_main", str(theirs.fileno()), self.pool.device]
         threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         return subprocess.Popen(
-            [*command, str(self.pool.cache), limits],
+            [*command, str(self.pool.cache), str(self.scratch), limits],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -162,6 +165,8 @@ class _Slot:
             self.restarts = 0
             self.ready.set()
             self.pool.dispatch()
+        elif "fatal" in message:
+            self.pool.give_up(message["fatal"])
         elif job is None or message.get("job") != job.id:
             return
         elif "stage" in message:
@@ -216,17 +221,20 @@ class LocalPool:
         self._tasks: list[asyncio.Task] = []
         self._numbers = itertools.count(1)
         self._done: dict[str, int] = {}
+        self._hopeless = asyncio.Event()
+        self.fault = ""
 
     async def start(self) -> None:
         """Start every worker and wait for the first to be ready. Raises RuntimeError when none comes up."""
         self.start_soon()
         first = [asyncio.ensure_future(slot.ready.wait()) for slot in self._slots]
-        done, waiting = await asyncio.wait(first, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+        first.append(asyncio.ensure_future(self._hopeless.wait()))
+        _, waiting = await asyncio.wait(first, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
             task.cancel()
-        if not done:
+        if not any(slot.ready.is_set() for slot in self._slots):
             await self.close()
-            raise RuntimeError(f"no evaluation worker is ready after {START_S:g} s: {self._slots[0].fault}")
+            raise RuntimeError(f"no evaluation worker starts: {self.fault or f'none is ready after {START_S:g} s'}")
 
     def start_soon(self) -> None:
         """Start workers without waiting; jobs may be submitted at once."""
@@ -295,15 +303,20 @@ class LocalPool:
             job.end(Status.CANCELLED if self.closing else Status.CRASH, "its worker was killed under it")
 
     def start_failed(self, slot: _Slot) -> None:
-        """Workers that die at once: nobody may wait for them for ever."""
-        if slot.restarts < 3 or any(other.ready.is_set() for other in self._slots):
-            return
+        """A worker died at once. When none lives, nobody may wait for them for ever."""
+        if slot.restarts >= 3 and not any(other.ready.is_set() for other in self._slots):
+            self.give_up(slot.fault)
+
+    def give_up(self, fault: str) -> None:
+        """No worker can start: end what waits, start() raises."""
+        self.fault = fault
+        self._hopeless.set()
         while self._queue:
             job = heapq.heappop(self._queue)
             if job.candidate is None:
-                job.finish(f"no evaluation worker starts: {slot.fault}")
+                job.finish(f"no evaluation worker starts: {fault}")
             else:
-                job.end(Status.CRASH, f"no evaluation worker starts: {slot.fault}")
+                job.end(Status.CRASH, f"no evaluation worker starts: {fault}")
 
     def cancel_search(self, search: str) -> int:
         """Cancel queued and running jobs of a search; returns how many."""
@@ -338,10 +351,8 @@ class LocalPool:
         for slot in self._slots:
             if slot.writer is not None:
                 slot.writer.close()
-        for slot in self._slots:
-            if slot.process is not None:
-                with anyio.move_on_after(6.0):
-                    await anyio.to_thread.run_sync(slot.process.wait, abandon_on_cancel=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=GRACE_S + 2)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -349,6 +360,16 @@ class LocalPool:
             if slot.job is not None:
                 self.retry(slot.job)
                 slot.job = None
+
+
+def _bury(process: subprocess.Popen[bytes], scratch: Path) -> None:
+    """Let a worker whose socket is closed kill what it started; then make sure that it is gone."""
+    try:
+        process.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _verdict(message: dict, waited: dict[str, float]) -> Verdict:

@@ -1,0 +1,265 @@
+"""Which role each evaluator GPU has, which job runs next, how much may be forked: pure functions, state in, decision out.
+
+The live pool, the replay and the simulator (bench/elastic.py) call the same functions; policy_state.py feeds them from
+incremental counts, so that a decision costs the same at 4 GPUs and at 1,024. All times are seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import IntEnum, StrEnum
+from math import ceil, exp
+from typing import NamedTuple
+
+NEVER = float("-inf")
+
+
+class Role(StrEnum):
+    """What an evaluator GPU does: checks correctness, or times and profiles alone under a quiet lease."""
+
+    VALIDATE = "validate"
+    PROFILE = "profile"
+
+    @property
+    def other(self) -> Role:
+        return Role.PROFILE if self is Role.VALIDATE else Role.VALIDATE
+
+
+class Urgency(IntEnum):
+    """Order of the jobs of one search, most urgent first."""
+
+    ENDS = 0
+    NEWEST = 1
+    REST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """One configuration for every load. Raises ValueError naming field and value when one is out of range.
+
+    dwell_s: a GPU that has switched keeps its role that long (at most one switch per GPU in it).
+    switch_s: what a role switch costs; a switch that would finish later than the next GPU of the role is not made.
+    horizon_s: time in which a backlog should drain; a shorter one follows the queues more than the arrival rates.
+    margin: hysteresis, in GPUs (plus margin_share of the pool): the excess that a role gives away while it has work.
+    rate_tau_s: time constant of the arrival rates.  service_weight: weight of a new service time in its estimate.
+    head_start_s: attained GPU-seconds that a search may be ahead by, by the urgency of its first job.
+    credit_s: GPU-seconds below the least served search that one returning from idleness may start at.
+    reserve_share: idle GPUs kept ready in a role, as a share of the pool.  share_s: turn of a role on a single GPU.
+    quiet_slack: a quiet lease lasts that many times the expected seconds, at most quiet_max_s.
+    """
+
+    dwell_s: float = 2.0
+    switch_s: float = 0.5
+    horizon_s: float = 20.0
+    margin: float = 1.0
+    margin_share: float = 0.05
+    rate_tau_s: float = 60.0
+    service_weight: float = 0.1
+    head_start_s: tuple[float, float, float] = (20.0, 5.0, 0.0)
+    credit_s: float = 30.0
+    reserve_share: float = 0.03
+    share_s: float = 8.0
+    quiet_slack: float = 2.0
+    quiet_max_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(one, bool) or not isinstance(one, (int, float)) or not one >= 0 for one in values):
+                raise ValueError(f"{field.name}={value!r}: use a number of at least 0")
+        if not 0 < self.service_weight <= 1:
+            raise ValueError(f"service_weight={self.service_weight!r}: use a number above 0 and at most 1")
+        for name in ("dwell_s", "horizon_s", "rate_tau_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use a number above 0")
+
+
+class JobView(NamedTuple):
+    """A job that waits. fork: number of its fork in the search, growing.  could_end: a good result ends the reasoning.
+
+    deadline: after it the job is reported, not run.  expected_s: GPU-seconds it should take.
+    """
+
+    id: str
+    search: str
+    role: Role
+    submitted: float
+    expected_s: float
+    fork: int = 0
+    could_end: bool = False
+    priority: float = 0.0
+    deadline: float | None = None
+
+
+class GpuView(NamedTuple):
+    """An idle GPU. switched: when it last changed roles.  free_bytes, lent_bytes: of its memory, to the KV tier."""
+
+    index: int
+    role: Role
+    switched: float = NEVER
+    free_bytes: int = 0
+    lent_bytes: int = 0
+
+
+class RoleLoad(NamedTuple):
+    """Demand for a role. waiting: jobs.  waiting_s: their expected GPU-seconds.  oldest: submission of the oldest one.
+
+    gpus: that have the role or are switching to it.  idle: of these.  arrival_per_s, service_s: estimates.
+    """
+
+    waiting: int
+    waiting_s: float
+    gpus: int
+    idle: int
+    arrival_per_s: float
+    service_s: float
+    oldest: float = float("inf")
+
+
+class Targets(NamedTuple):
+    """GPUs that each role should have; they add up to the pool."""
+
+    validate: int
+    profile: int
+
+    def of(self, role: Role) -> int:
+        return self.validate if role is Role.VALIDATE else self.profile
+
+
+class Rate(NamedTuple):
+    """Events per second, exponentially forgotten."""
+
+    per_s: float = 0.0
+    at: float = 0.0
+
+    def seen(self, now: float, tau_s: float) -> Rate:
+        return Rate(self.at_time(now, tau_s) + 1.0 / tau_s, now)
+
+    def at_time(self, now: float, tau_s: float) -> float:
+        return self.per_s * exp(-max(0.0, now - self.at) / tau_s)
+
+
+def urgency(job: JobView, newest_fork: int) -> Urgency:
+    """What could end a reasoning first, then the newest fork of the search, then the rest."""
+    if job.could_end:
+        return Urgency.ENDS
+    return Urgency.NEWEST if job.fork >= newest_fork else Urgency.REST
+
+
+def search_key(attained_s: float, weight: float, first: Urgency, config: PolicyConfig) -> float:
+    """Searches are served in this order: least attained GPU-seconds per weight, urgent jobs a bounded head start."""
+    return attained_s / weight - config.head_start_s[first]
+
+
+def work_s(load: RoleLoad, config: PolicyConfig) -> float:
+    """GPU-seconds that a role must do within the horizon: its backlog and what will arrive."""
+    return load.waiting_s + load.arrival_per_s * load.service_s * config.horizon_s
+
+
+def target_roles(validate: RoleLoad, profile: RoleLoad, config: PolicyConfig) -> Targets:
+    """GPUs in proportion to work; a role with work has one at least when there are two. Nothing to do: no change."""
+    gpus = validate.gpus + profile.gpus
+    first, second = work_s(validate, config), work_s(profile, config)
+    if first + second <= 0:
+        return Targets(validate.gpus, profile.gpus)
+    share = round(gpus * first / (first + second))
+    least = 1 if gpus >= 2 and (validate.waiting or first > 0) else 0
+    most = gpus - 1 if gpus >= 2 and (profile.waiting or second > 0) else gpus
+    share = min(max(share, least), most)
+    return Targets(share, gpus - share)
+
+
+def may_switch(gpu: GpuView, now: float, config: PolicyConfig) -> bool:
+    return now - gpu.switched >= config.dwell_s
+
+
+def frees_within_s(load: RoleLoad, config: PolicyConfig) -> float:
+    """Jobs that a role's own GPUs will start while another GPU would still be switching to it."""
+    busy = load.gpus - load.idle
+    return load.idle + (busy * config.switch_s / load.service_s if load.service_s > 0 else 0.0)
+
+
+def should_switch(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, config: PolicyConfig) -> bool:
+    """Whether an idle GPU takes up the other role now, in which jobs wait.
+
+    Without work of its own it goes where work waits, unless the GPUs there free up sooner than it could be ready.
+    With work of its own it goes when the other role has no GPU, or when its role is above target by the hysteresis.
+    """
+    if not other.waiting or not may_switch(gpu, now, config):
+        return False
+    if not own.waiting:
+        return other.gpus == 0 or other.waiting > frees_within_s(other, config)
+    total = own.gpus + other.gpus
+    if total == 1:
+        return now - gpu.switched >= config.share_s and other.oldest < own.oldest
+    if other.gpus == 0:
+        return True
+    if own.gpus <= 1:
+        return False
+    own_is_validate = gpu.role is Role.VALIDATE
+    targets = target_roles(own, other, config) if own_is_validate else target_roles(other, own, config)
+    return own.gpus - targets.of(gpu.role) > config.margin + config.margin_share * total
+
+
+def should_prepare(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, config: PolicyConfig) -> bool:
+    """Whether an idle GPU switches although nothing waits, so that the next job of the other role finds one ready."""
+    if own.waiting or other.waiting or not may_switch(gpu, now, config) or other.arrival_per_s <= 0:
+        return False
+    reserve = max(1, round(config.reserve_share * (own.gpus + other.gpus)))
+    return other.idle < reserve and own.idle > reserve
+
+
+class Admission(NamedTuple):
+    """Advice to the controller. forks: how many to make now.  feedback_s: when the first one's verdict is expected."""
+
+    forks: int
+    feedback_s: float
+    reason: str
+
+
+def admit(
+    wanted: int, remaining_s: float, validate: RoleLoad, profile: RoleLoad, *, compile_s: float, generate_s: float
+) -> Admission:
+    """How many of the forks wanted would be judged before the reasoning ends by itself, remaining_s from now.
+
+    A fork is generated and compiled while the backlog drains, then it is validated and profiled; each further one waits
+    for the pool to take it. With no GPU in the pool none is admitted.
+    """
+    gpus = validate.gpus + profile.gpus
+    if gpus == 0:
+        return Admission(0, float("inf"), "no evaluator GPU")
+    service = validate.service_s + profile.service_s
+    backlog = (validate.waiting_s + profile.waiting_s) / gpus
+    first = max(generate_s + compile_s, backlog) + service
+    if first > remaining_s:
+        return Admission(0, first, f"feedback in {first:.1f} s, {remaining_s:.1f} s of reasoning are left")
+    each = service / gpus
+    forks = wanted if each <= 0 else min(wanted, 1 + int((remaining_s - first) / each))
+    return Admission(forks, first, "" if forks == wanted else f"{forks} of {wanted} would be judged in time")
+
+
+def to_reclaim(gpu: GpuView, need_bytes: int, chunk_bytes: int = 1) -> int:
+    """Bytes of lent memory to ask back so that a job that needs need_bytes can start: whole chunks, never more than lent."""
+    missing = need_bytes - gpu.free_bytes
+    if missing <= 0:
+        return 0
+    return min(gpu.lent_bytes, ceil(missing / chunk_bytes) * chunk_bytes)
+
+
+def reclaim_ahead(gpus: list[GpuView], starts_per_s: float, lead_s: float, need_bytes: int) -> dict[int, int]:
+    """Bytes to ask back by GPU index, before jobs wait for them: enough GPUs for the starts that lead_s will bring.
+
+    GPUs with the least to give back come first, so that the KV tier loses least. lead_s: how long asking back takes.
+    """
+    wanted = ceil(starts_per_s * lead_s)
+    short = {gpu.index: to_reclaim(gpu, need_bytes) for gpu in gpus}
+    wanted -= sum(1 for missing in short.values() if missing == 0)
+    able = [gpu for gpu in gpus if short[gpu.index] and gpu.free_bytes + gpu.lent_bytes >= need_bytes]
+    able.sort(key=lambda gpu: (short[gpu.index], gpu.index))
+    return {gpu.index: short[gpu.index] for gpu in able[: max(0, wanted)]}
+
+
+def quiet_s(role: Role, expected_s: float, config: PolicyConfig) -> float:
+    """How long KV copies must leave the GPU's memory alone: 0 for validation, bounded for timing and profiling."""
+    return min(config.quiet_max_s, config.quiet_slack * max(expected_s, 1.0)) if role is Role.PROFILE else 0.0
