@@ -202,7 +202,7 @@ class Lender:
         try:
             connection.channel.send(message, fds)
         except (PeerGone, PeerTimeout) as error:
-            log.warning("borrower of epoch %s: %s", connection.epoch, error)
+            log.info("borrower of epoch %s: %s", connection.epoch, error)
             connection.channel.shutdown()
 
     def _accept(self) -> None:

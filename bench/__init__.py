@@ -1,0 +1,1 @@
+"""Benchmarks: each command measures, checks what it measured, and writes one JSON report."""

@@ -1,0 +1,64 @@
+"""Curves of a bench.kv_transfer report: GB/s by chunk size, by SMs and by batch, each way, against the ceiling."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+METHODS = ("copy-engine", "ours-auto", "ours-tuned", "ours-vector", "copy-batch", "torch-index", "sgl-kvcacheio/q16", "host-pinned")
+BIG = (192 * MIB, 320 * MIB)
+
+
+def _curve(rows: list[dict[str, Any]], x: str, **wanted: Any) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["gbps"] and row["method"] in METHODS and all(row[key] == value for key, value in wanted.items()):
+            curves[row["method"]].append((row[x], row["gbps"]))
+    return {method: sorted(points) for method, points in curves.items()}
+
+
+def _panels(rows: list[dict[str, Any]], direction: str) -> list[tuple[str, str, dict[str, list[tuple[float, float]]]]]:
+    sweep = [row for row in rows if row["shape"] == "sweep" and row["direction"] == direction]
+    big = [row for row in sweep if BIG[0] < row["bytes"] < BIG[1]]
+    at_16 = [row for row in sweep if row["sms"] in (None, 16)]
+    two_kib = [row for row in at_16 if row["chunk_bytes"] == 2048]
+    return [
+        (f"{direction}, 256 MiB, 16 SMs", "chunk_bytes", _curve([r for r in big if r["sms"] in (None, 16)], "chunk_bytes")),
+        (f"{direction}, 256 MiB, chunks of 2 KiB", "sms", _curve([r for r in big if r["sms"]], "sms", chunk_bytes=2048)),
+        (f"{direction}, chunks of 2 KiB, 16 SMs", "bytes", _curve(two_kib, "bytes")),
+    ]
+
+
+def plot_report(source: Path, target: Path) -> int:
+    """Draw `source` into `target`; returns an exit status, 2 when matplotlib or the report is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib isn't installed: draw later with `--plot-from {source} --plot {target}`", file=sys.stderr)
+        return 2
+    if not source.is_file():
+        print(f"error: --plot-from {source}: no such report", file=sys.stderr)
+        return 2
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    report = json.loads(source.read_text())
+    figure, grid = pyplot.subplots(2, 3, figsize=(17, 9), constrained_layout=True)
+    for line, direction in zip(grid, ("push", "pull"), strict=True):
+        for axes, (title, label, curves) in zip(line, _panels(report["rows"], direction), strict=True):
+            for method, points in curves.items():
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
+            axes.set(title=title, xlabel=label, ylabel="GB/s", xscale="log")
+            axes.set_ylim(bottom=0)
+            if curves:
+                axes.legend(fontsize=7)
+    machine = report["machine"]
+    figure.suptitle(f"{machine['gpus']} x {machine['gpu'] or machine['cpu']}, driver {machine['driver']}, {machine['date']}")
+    partial = target.with_name(f".{target.name}.partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(target)
+    return 0
