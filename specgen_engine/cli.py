@@ -1,4 +1,4 @@
-"""`specgen`: serve, replay, demo, evaluate, doctor. Data on stdout, talk on stderr; exit 2 with one line on bad input."""
+"""`specgen`: serve, replay, demo, evaluate, doctor. Data on stdout, talk on stderr; bad input is one line, exit 2."""
 
 from __future__ import annotations
 
@@ -26,17 +26,24 @@ def serve(context: typer.Context) -> None:
 @app.command()
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="trace folders, or folders of them", metavar="DIR...")],
-    mode: Annotated[str, typer.Option(help="sequential: reason, then evaluate; specgen: fork, evaluate, end early")] = "specgen",
+    mode: Annotated[str, typer.Option(help="sequential: reason, then evaluate; specgen: end early")] = "specgen",
     trigger: Annotated[str, typer.Option(help="every:N, paragraph, fence, joined by +; none")] = "every:400",
     termination: Annotated[str, typer.Option(help="plateau:K, speedup:X, best_of:K, correct, none")] = "plateau:3",
-    json: Annotated[Path | None, typer.Option(help="write the report (specgen.report/1) to this file", metavar="FILE")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="play only the first N iterations of each trace")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write the report (specgen.report/1) to this file", metavar="FILE")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="play only the first N iterations of each trace")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="candidates evaluated at once")] = 1,
-    model: Annotated[str | None, typer.Option(help="model folder; default: a tiny random-weight model on the CPU")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="model folder; default: a tiny random-weight model on the CPU")
+    ] = None,
     page_size: Annotated[int, typer.Option(help="KV page size in tokens")] = 1,
 ) -> None:
-    """Recorded reasoning through the real engine: it computes every token, the recorded ids replace the sampled ones."""
-    from specgen_engine.replay.command import ReplayOptions, replay as run
+    """Recorded reasoning through the real engine: it computes every token; recorded ids replace the sampled ones."""
+    from specgen_engine.replay.command import ReplayOptions
+    from specgen_engine.replay.command import replay as run
 
     run(ReplayOptions(tuple(traces), mode, trigger, termination, json, iterations, workers, model, page_size))
 
@@ -55,7 +62,9 @@ def evaluate(
     candidates: Annotated[list[Path], typer.Argument(help="modules that define ModelNew, or recorded answers (.md)")],
     device: Annotated[str, typer.Option(help="cpu or cuda:N")] = "cpu",
     profile: Annotated[bool, typer.Option("--profile", help="profile the correct ones")] = False,
-    json: Annotated[Path | None, typer.Option(help="write verdicts (specgen.verdicts/1) to this file", metavar="FILE")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write verdicts (specgen.verdicts/1) to this file", metavar="FILE")
+    ] = None,
 ) -> None:
     """Compile, check and time candidate kernels; exit 0 when all ran, whatever their verdicts."""
     from specgen_engine.evaluation.command import evaluate as run

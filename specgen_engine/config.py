@@ -48,49 +48,72 @@ class Section(BaseModel):
 
 
 class ForkConfig(Section):
-    nudge: str = Field("", description="text after the closed thinking that a fork starts its answer with")
-    temperature: float | None = Field(None, ge=0, le=2, description="sampling temperature of forks; default: the base request's")
-    max_tokens: int = Field(2048, ge=1, description="cap on the tokens of one fork")
-    per_search: int = Field(4, ge=1, description="forks in flight for one search")
-    total: int = Field(16, ge=1, description="forks in flight on this server")
+    nudge: str = Field(default="", description="text after the closed thinking that a fork starts its answer with")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="sampling temperature of forks; default: the base request's"
+    )
+    max_tokens: int = Field(default=2048, ge=1, description="cap on the tokens of one fork")
+    per_search: int = Field(default=4, ge=1, description="forks in flight for one search")
+    total: int = Field(default=16, ge=1, description="forks in flight on this server")
 
 
 class SchedulerConfig(Section):
-    batch_share: float = Field(0.5, gt=0, le=1, description="largest share of the running batch that forks may take")
-    headroom: float = Field(0.05, ge=0, lt=1, description="share of the KV pool that admitting a fork must leave free")
+    batch_share: float = Field(
+        default=0.5, gt=0, le=1, description="largest share of the running batch that forks may take"
+    )
+    headroom: float = Field(
+        default=0.05, ge=0, lt=1, description="share of the KV pool that admitting a fork must leave free"
+    )
 
 
 class EvaluationConfig(Section):
-    workers: int = Field(1, ge=1, description="candidates evaluated at once")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N")
-    compile_s: float = Field(60, gt=0, description="seconds a candidate may take to compile")
-    check_s: float = Field(30, gt=0, description="seconds the correctness check may take")
-    time_s: float = Field(30, gt=0, description="seconds the timing may take")
-    memory_gb: float = Field(8, gt=0, description="memory a candidate's process may take, in GiB")
-    sandbox: Literal["auto", "require", "off"] = Field("auto", description="isolation of candidates; require refuses less than the best")
+    workers: int = Field(default=1, ge=1, description="candidates evaluated at once")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N")
+    compile_s: float = Field(default=60, gt=0, description="seconds a candidate may take to compile")
+    check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")
+    time_s: float = Field(default=30, gt=0, description="seconds the timing may take")
+    memory_gb: float = Field(default=8, gt=0, description="memory a candidate's process may take, in GiB")
+    cache: Path | None = Field(
+        default=None, description="folder of compiled candidates (default: SPECGEN_CACHE/builds)"
+    )
+    sandbox: Literal["auto", "require", "off"] = Field(
+        "auto", description="isolation of candidates; require refuses less than the best"
+    )
 
 
 class TaskConfig(Section):
-    source: Literal["explicit", "prompt"] = Field("explicit", description="prompt: also take a task from a fenced module in the prompt")
-    roots: tuple[Path, ...] = Field((), description="folders that task paths in requests may point into")
+    source: Literal["explicit", "prompt"] = Field(
+        "explicit", description="prompt: also take a task from a fenced module in the prompt"
+    )
+    roots: tuple[Path, ...] = Field(default=(), description="folders that task paths in requests may point into")
 
 
 class SpecGenConfig(Section):
     """Everything an operator can set. A request may narrow trigger, termination and fork within it."""
 
-    trigger: TriggerSpec = Field("every:400", description="when to fork: every:N, paragraph, fence, joined by +")
-    termination: TerminationSpec = Field("plateau:3", description="when to end the reasoning: plateau:K, speedup:X, best_of:K, correct, none")
-    thinking: ThinkingSpec = Field("auto", description="how the model marks its reasoning: auto, a style's name, or OPEN...CLOSE")
-    grace_s: float = Field(30, ge=0, description="seconds that verdicts are awaited once the base has answered by itself")
+    trigger: TriggerSpec = Field(
+        default="every:400", description="when to fork: every:N, paragraph, fence, joined by +"
+    )
+    termination: TerminationSpec = Field(
+        "plateau:3", description="when to end the reasoning: plateau:K, speedup:X, best_of:K, correct, none"
+    )
+    thinking: ThinkingSpec = Field(
+        "auto", description="how the model marks its reasoning: auto, a style's name, or OPEN...CLOSE"
+    )
+    grace_s: float = Field(
+        30, ge=0, description="seconds that verdicts are awaited once the base has answered by itself"
+    )
     fork: ForkConfig = Field(default_factory=ForkConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tasks: TaskConfig = Field(default_factory=TaskConfig)
-    replay: tuple[Path, ...] = Field((), description="trace folders; recorded ids replace sampled ones")
-    history: int = Field(256, ge=1, description="finished searches kept for GET /specgen/searches")
+    replay: tuple[Path, ...] = Field(default=(), description="trace folders; recorded ids replace sampled ones")
+    history: int = Field(default=256, ge=1, description="finished searches kept for GET /specgen/searches")
 
 
-def leaves(model: type[BaseModel] = SpecGenConfig, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(
+    model: type[BaseModel] = SpecGenConfig, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, field) of every settable value."""
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -146,7 +169,9 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--specgen-config {file}: cannot be read ({error}); give a readable UTF-8 TOML file") from None
+        raise ConfigError(
+            f"--specgen-config {file}: cannot be read ({error}); give a readable UTF-8 TOML file"
+        ) from None
     try:
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
 
-class WatchSearch(BaseReq, kw_only=True):
+class WatchSearch(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """Sent before the base request itself, on the same socket, so that no token is missed."""
 
     trigger: str
@@ -25,13 +25,13 @@ class WatchSearch(BaseReq, kw_only=True):
     opened: bool
 
 
-class ForkPoint(BaseReq, kw_only=True):
+class ForkPoint(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """Insert prompt + output [0, length) of a running request into the radix tree."""
 
     length: int
 
 
-class ForkPointDone(BaseReq, kw_only=True):
+class ForkPointDone(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """inserted: tokens now in the tree; state: running | waiting | finished | unknown."""
 
     asked: int
@@ -39,7 +39,7 @@ class ForkPointDone(BaseReq, kw_only=True):
     state: str
 
 
-class TriggerFired(BaseReq, kw_only=True):
+class TriggerFired(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """trigger fired at the token that made the request `length` tokens long (reasoning_tokens of them reasoning)."""
 
     trigger: str
@@ -48,14 +48,14 @@ class TriggerFired(BaseReq, kw_only=True):
     inserted: int
 
 
-class ReplayScript(BaseReq, kw_only=True):
+class ReplayScript(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """Output ids that replace the sampled ones of one request, from its first output token on."""
 
     prompt_tokens: int
     ids: list[int]
 
 
-class EndSearch(BaseReq, kw_only=True):
+class EndSearch(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """Forget what was watched for rid and the scripts of requests whose rid starts with `scripts`."""
 
     scripts: str

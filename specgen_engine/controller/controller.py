@@ -10,9 +10,10 @@ from typing import Any
 
 from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.engine import Output, SGLangEngine
+from specgen_engine.controller.events import SessionOptions
 from specgen_engine.controller.report import SearchRecord
 from specgen_engine.controller.request import Plan
-from specgen_engine.controller.session import Session, SessionOptions
+from specgen_engine.controller.session import Session
 from specgen_engine.controller.thinking import prompt_opens_thinking, style_of
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Pool
@@ -58,6 +59,7 @@ class Controller:
         self.book = ReplayBook.load(settings.replay, manager.tokenizer, self.style) if settings.replay else None
         self._make_pool = make_pool
         self._pool: Pool | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Task[None] | None = None
 
     def encode(self, text: str) -> list[int]:
@@ -67,19 +69,26 @@ class Controller:
         """Build and start the pool; called once the server's event loop runs."""
         if self._pool is None:
             self._pool = self._make_pool(self.settings, self.manager.server_args)
-            self._starting = asyncio.get_running_loop().create_task(self._pool.start())
+            self._starting = asyncio.get_running_loop().create_task(self._start_pool(self._pool))
 
-    async def pool(self) -> Pool:
+    async def _start_pool(self, pool: Pool) -> None:
+        """A pool that cannot start answers every job with the reason; the server goes on."""
+        try:
+            await pool.start()
+        except Exception as error:
+            logger.error("specgen: the evaluation pool did not start: %s", error)
+
+    def pool(self) -> Pool:
+        """The pool; jobs may be submitted while its workers still start."""
         self.start()
-        assert self._pool is not None and self._starting is not None
-        await asyncio.shield(self._starting)
+        assert self._pool is not None
         return self._pool
 
     async def search(
         self, generate: Callable[..., AsyncIterator[dict[str, Any]]], obj: Any, request: Any, plan: Plan, prompt: str
     ) -> AsyncIterator[dict[str, Any]]:
         """Serve one base request as a search; yields what generate_request would."""
-        pool = await self.pool()
+        pool = self.pool()
         streaming, obj.stream = bool(obj.stream), True
         if obj.rid is None:
             obj.regenerate_rid()
@@ -104,11 +113,10 @@ class Controller:
             async for output in session.outputs():
                 yield self._shape(output, session, obj)
         finally:
-            await session.close()
             self._close(session)
 
     def _shape(self, output: Output, session: Session, obj: Any) -> dict[str, Any]:
-        shaped = {"text": output.text, "output_ids": output.ids, "meta_info": dict(output.meta)}
+        shaped: dict[str, Any] = {"text": output.text, "output_ids": output.ids, "meta_info": dict(output.meta)}
         if output.finish is not None and session.plan.named and not session.options.streaming:
             shaped["meta_info"]["specgen"] = session.record.to_dict()
         if session.options.streaming and self.manager.incremental_streaming_output:
@@ -122,6 +130,16 @@ class Controller:
         self.metrics.searches_running.set(len(self.sessions))
 
     def _close(self, session: Session) -> None:
+        """The session's last task goes on by itself: the client need not wait for aborted forks to drain."""
+        task = session.close()
+        if task is None or task.done():
+            self._forget(session)
+        else:
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+            task.add_done_callback(lambda _: self._forget(session))
+
+    def _forget(self, session: Session) -> None:
         self.sessions.pop(session.rid, None)
         self.history[session.rid] = session.record
         while len(self.history) > self.settings.history:
@@ -143,4 +161,6 @@ class Controller:
             session.notify(message)
 
     def on_point(self, message: ForkPointDone) -> None:
-        logger.debug("fork point %s: asked %d, inserted %d, %s", message.rid, message.asked, message.inserted, message.state)
+        logger.debug(
+            "fork point %s: asked %d, inserted %d, %s", message.rid, message.asked, message.inserted, message.state
+        )

@@ -34,7 +34,9 @@ class Engine(Protocol):
 class SGLangEngine:
     """One base request in SGLang's TokenizerManager; `generate` is generate_request without our hook."""
 
-    def __init__(self, manager: Any, generate: Callable[..., AsyncIterator[dict[str, Any]]], obj: Any, request: Any) -> None:
+    def __init__(
+        self, manager: Any, generate: Callable[..., AsyncIterator[dict[str, Any]]], obj: Any, request: Any
+    ) -> None:
         self._manager, self._generate, self._obj, self._request = manager, generate, obj, request
 
     def encode(self, text: str) -> list[int]:
@@ -48,12 +50,14 @@ class SGLangEngine:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         base = self._obj
-        sampling = {key: value for key, value in (base.sampling_params or {}).items() if key not in ("n", "custom_params")}
+        sampling = {
+            key: value for key, value in (base.sampling_params or {}).items() if key not in ("n", "custom_params")
+        }
         fork = GenerateReqInput(
             rid=rid,
             input_ids=ids,
             sampling_params={**sampling, **options},
-            stream=False,
+            stream=True,
             lora_path=base.lora_path,
             extra_key=base.extra_key,
             routing_key=base.routing_key,

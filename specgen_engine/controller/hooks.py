@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -37,7 +37,8 @@ def attach(_result: None, manager: Any) -> None:
 
     register_messages()
     controller = manager.specgen = Controller(manager, manager.server_args.__dict__["specgen"], make_pool)
-    manager._result_dispatcher._mapping.update({TriggerFired: controller.on_trigger, ForkPointDone: controller.on_point})
+    handlers: dict[type, Any] = {TriggerFired: controller.on_trigger, ForkPointDone: controller.on_point}
+    manager._result_dispatcher._mapping.update(handlers)
     app.include_router(router_of(controller))
 
 
@@ -53,7 +54,7 @@ def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
         memory_bytes=int(wanted.memory_gb * (1 << 30)),
         sandbox={"auto": "prefer"}.get(wanted.sandbox, wanted.sandbox),
     )
-    return LocalPool(workers=wanted.workers, device=_device(settings, server_args), limits=limits)
+    return LocalPool(workers=wanted.workers, device=_device(settings, server_args), limits=limits, cache=wanted.cache)
 
 
 def _device(settings: SpecGenConfig, server_args: Any) -> str:
@@ -75,7 +76,7 @@ def note_chat_request(result: tuple[Any, Any], serving: Any, request: Any, raw_r
 
 
 def _user_text(messages: list[Any]) -> str:
-    parts = []
+    parts: list[str] = []
     for message in messages:
         content = getattr(message, "content", None)
         if getattr(message, "role", None) != "user" or content is None:
@@ -84,7 +85,9 @@ def _user_text(messages: list[Any]) -> str:
     return "\n\n".join(parts)
 
 
-def generate_request(original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+def generate_request(
+    original: Callable[..., AsyncIterator[Any]], manager: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
     """A search around an eligible request; every other one goes straight to SGLang."""
     if not isinstance(obj, GenerateReqInput) or (isinstance(obj.rid, str) and is_fork(obj.rid)):
         return original(manager, obj, request)
@@ -191,7 +194,9 @@ class SearchChunk(ChatCompletionStreamResponse):
     sglext: SpecGenExt | None = None
 
 
-def build_chat_response(original: Callable[..., Any], serving: Any, request: Any, ret: list[dict[str, Any]], created: int) -> Any:
+def build_chat_response(
+    original: Callable[..., Any], serving: Any, request: Any, ret: list[dict[str, Any]], created: int
+) -> Any:
     report = ret[0]["meta_info"].pop("specgen", None)
     response = original(serving, request, ret, created)
     if report is None or not isinstance(response, ChatCompletionResponse):
@@ -201,7 +206,11 @@ def build_chat_response(original: Callable[..., Any], serving: Any, request: Any
 
 
 async def generate_chat_stream(
-    original: Callable[..., AsyncIterator[str]], serving: Any, adapted_request: Any, request: Any, raw_request: Any
+    original: Callable[..., AsyncGenerator[str, None]],
+    serving: Any,
+    adapted_request: Any,
+    request: Any,
+    raw_request: Any,
 ) -> AsyncIterator[str]:
     """The report travels in one more chunk, before [DONE], to requests that named specgen."""
     stream = original(serving, adapted_request, request, raw_request)

@@ -18,13 +18,14 @@ def router_of(controller: Controller) -> APIRouter:
         rows = [record.to_dict() for record in controller.records()]
         for row in rows:
             row["forks"], row["candidates"] = len(row["forks"]), len(row["candidates"])
-        return {"searches": rows, "pool": (await controller.pool()).snapshot()}
+        return {"searches": rows, "pool": controller.pool().snapshot()}
 
     @router.get("/searches/{search}")
-    async def search(search: str) -> dict[str, Any]:
+    async def search(search: str, ids: bool = False) -> dict[str, Any]:
+        """One search whole; with ids=true also the token ids of its base and its forks."""
         record = controller.record(search)
         if record is None:
             raise HTTPException(404, f"no search {search!r}; GET /specgen/searches lists those remembered")
-        return record.to_dict()
+        return {**record.to_dict(), "ids": record.ids.to_dict()} if ids else record.to_dict()
 
     return router

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from array import array
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 from specgen_engine.evaluation.base import Status
 
@@ -33,7 +35,7 @@ class CandidateRecord:
     """One distinct candidate. source: fork | base | draft. forks: numbers of the forks that wrote it."""
 
     hash: str
-    source: str
+    source: Literal["fork", "base", "draft"]
     submitted_s: float
     forks: list[int] = field(default_factory=list)
     recorded_answer: str | None = None
@@ -48,6 +50,27 @@ class CandidateRecord:
     sandbox: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     verdict_s: float | None = None
+
+
+@dataclass(slots=True)
+class TokenIds:
+    """Ids of a search's base output and of each fork's input and output, 4 bytes each; for audits of reused KV."""
+
+    base: array[int] = field(default_factory=lambda: array("i"))
+    fork_inputs: list[array[int]] = field(default_factory=list)
+    fork_outputs: dict[int, array[int]] = field(default_factory=dict)
+
+    def add_fork(self, ids: Iterable[int]) -> None:
+        self.fork_inputs.append(array("i", ids))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "base": list(self.base),
+            "forks": [
+                {"n": n, "input_ids": list(ids), "output_ids": list(self.fork_outputs.get(n, ()))}
+                for n, ids in enumerate(self.fork_inputs, 1)
+            ],
+        }
 
 
 @dataclass(slots=True)
@@ -81,10 +104,13 @@ class SearchRecord:
     warning: str = ""
     forks: list[ForkRecord] = field(default_factory=list)
     candidates: list[CandidateRecord] = field(default_factory=list)
+    ids: TokenIds = field(default_factory=TokenIds, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; tokens and seconds by kind beside the flat fields."""
-        data = asdict(self)
+        """JSON-ready, without token ids; tokens and seconds by kind beside the flat fields."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ids"}
+        data["forks"] = [asdict(fork) for fork in self.forks]
+        data["candidates"] = [asdict(candidate) for candidate in self.candidates]
         data["tokens"] = {"reasoning": self.reasoning_tokens, "answer": self.answer_tokens, "fork": self.fork_tokens}
         data["seconds"] = {"reasoning": self.reasoning_s, "total": self.wall_s, "evaluation": self.evaluation_s}
         return data
@@ -92,4 +118,6 @@ class SearchRecord:
 
 def summary_of(candidate: CandidateRecord | None) -> dict[str, Any] | None:
     """{hash, source, speedup} as reports name a chosen candidate (DESIGN.md, Reports)."""
-    return candidate and {"hash": candidate.hash, "source": candidate.source, "speedup": candidate.speedup}
+    if candidate is None:
+        return None
+    return {"hash": candidate.hash, "source": candidate.source, "speedup": candidate.speedup}

@@ -19,8 +19,8 @@ class ForkOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     nudge: str | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    max_tokens: int | None = Field(default=None, ge=1)
 
 
 class RequestOptions(BaseModel):
@@ -33,11 +33,11 @@ class RequestOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str | None = None
-    name: str | None = Field(None, max_length=200)
+    name: str | None = Field(default=None, max_length=200)
     trigger: TriggerSpec | None = None
     termination: TerminationSpec | None = None
     fork: ForkOptions = ForkOptions()
-    iteration: int | None = Field(None, ge=1)
+    iteration: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,9 @@ def plan_search(options: RequestOptions | None, prompt: str, config: SpecGenConf
         source = find_task(prompt)
     if source is None:
         if options is not None:
-            raise RequestError("task", "missing, and no fenced module in the prompt defines Model, get_inputs and get_init_inputs")
+            raise RequestError(
+                "task", "missing, and no fenced module in the prompt defines Model, get_inputs and get_init_inputs"
+            )
         return None
     asked = options or RequestOptions()
     fork = asked.fork
@@ -118,11 +120,15 @@ def _task_source(options: RequestOptions, config: SpecGenConfig) -> str:
     if "\n" in text:
         return text
     if not config.tasks.roots:
-        raise RequestError("task", f"{text!r} looks like a path, and the server allows none (--specgen-tasks-roots); send the source")
+        raise RequestError(
+            "task", f"{text!r} looks like a path, and the server allows none (--specgen-tasks-roots); send the source"
+        )
     path = Path(text).resolve()
     if not any(path.is_relative_to(root.resolve()) for root in config.tasks.roots):
         raise RequestError("task", f"{text!r} is outside the folders that the server allows; send the source instead")
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError("task", f"{text!r} cannot be read ({error.__class__.__name__}); send the source instead") from None
+        raise RequestError(
+            "task", f"{text!r} cannot be read ({error.__class__.__name__}); send the source instead"
+        ) from None

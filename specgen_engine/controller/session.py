@@ -11,100 +11,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from array import array
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from specgen_engine.controller.answers import extract_candidate
+from specgen_engine.controller.competition import Competition
 from specgen_engine.controller.engine import Engine, Output
+from specgen_engine.controller.events import (
+    BaseFailed,
+    BaseOutput,
+    ForkBudget,
+    ForkDone,
+    GraceOver,
+    Script,
+    Sent,
+    SessionOptions,
+    Source,
+    State,
+    TaskChecked,
+    VerdictIn,
+)
 from specgen_engine.controller.graft import graft
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
 from specgen_engine.controller.request import Plan
-from specgen_engine.controller.termination import Decision, Scored, best, parse_termination
-from specgen_engine.controller.thinking import Phase, ReasoningPhase, ThinkingStyle, fork_suffix, split_thinking
+from specgen_engine.controller.termination import Decision
+from specgen_engine.controller.thinking import Phase, ReasoningPhase, fork_suffix, split_thinking
 from specgen_engine.errors import RequestError
-from specgen_engine.evaluation.base import Candidate, Job, Pool, Stage, Status, Verdict
+from specgen_engine.evaluation.base import Candidate, Job, Pool, Status, Verdict
 from specgen_engine.protocol import EndSearch, ReplayScript, TriggerFired, WatchSearch, fork_rid, forks_of
 
 logger = logging.getLogger(__name__)
 DISCONNECT_POLL_S = 1.0
-
-
-class State(StrEnum):
-    PREPARING = "preparing"
-    REASONING = "reasoning"
-    ANSWERING = "answering"
-    COMPETING = "competing"
-    ENDED = "ended"
-
-
-class ForkBudget(Protocol):
-    """Forks in flight on the whole server."""
-
-    def take(self, search: str) -> bool: ...
-    def give_back(self, search: str) -> None: ...
-
-
-class Script(Protocol):
-    """A recorded iteration that this search replays (replay.book.Recording)."""
-
-    @property
-    def trace(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-    @property
-    def reasoning_tokens(self) -> int: ...
-
-    def base_ids(self, opened: bool) -> list[int]: ...
-    def fork_ids(self, at_token: int) -> tuple[str | None, list[int]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """What does not change while the session runs."""
-
-    style: ThinkingStyle
-    opened: bool
-    streaming: bool
-    per_search: int
-    grace_s: float
-    page_size: int
-    prompt_ids: list[int]
-
-
-class Sent(NamedTuple):
-    """Characters and ids that the client has already got."""
-
-    text: int = 0
-    ids: int = 0
-
-
-class BaseOutput(NamedTuple):
-    output: Output
-
-
-class BaseFailed(NamedTuple):
-    error: BaseException
-
-
-class TaskChecked(NamedTuple):
-    problem: str | None
-
-
-class ForkDone(NamedTuple):
-    record: ForkRecord
-    output: Output | None
-    error: str
-
-
-class VerdictIn(NamedTuple):
-    record: CandidateRecord
-    verdict: Verdict
-
-
-class GraceOver(NamedTuple):
-    pass
+CLEAN_UP_S = 10.0
 
 
 class Session:
@@ -116,9 +55,7 @@ class Session:
     ) -> None:  # fmt: skip
         self.rid, self.plan, self.options = rid, plan, options
         self.engine, self.pool, self.budget, self.script = engine, pool, budget, script
-        self.criterion = parse_termination(plan.termination)
         self.state = State.PREPARING
-        self.finished = asyncio.Event()
         self.sent = Sent()
         self.record = SearchRecord(
             id=rid, task=plan.task.name, task_hash=plan.task.hash, trigger=plan.trigger, termination=plan.termination,
@@ -142,12 +79,10 @@ class Session:
         self._forks: dict[str, ForkRecord] = {}
         self._fork_at: set[int] = set()
         self._fork_text: dict[str, Output] = {}
-        self._candidates: dict[str, CandidateRecord] = {}
-        self._sources: dict[str, str] = {}
-        self._jobs: dict[str, Job] = {}
-        self._scored: list[Scored] = []
+        self._competition = Competition(plan.task, plan.termination, pool, self.record, self._now)
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
+        self._grace: asyncio.TimerHandle | None = None
 
     # ---- the client's side
 
@@ -163,12 +98,11 @@ class Session:
         """A message from the scheduler."""
         self._events.put_nowait(message)
 
-    async def close(self) -> None:
-        """Cancel what still runs; the client is gone or has its answer."""
-        if self._main is not None and not self._main.done():
+    def close(self) -> asyncio.Task[None] | None:
+        """The client is gone or has its answer: cancel what still runs. Returns the task that cleans up, if any."""
+        if self._main is not None and self.state is not State.ENDED:
             self._main.cancel()
-        if self._main is not None:
-            await asyncio.gather(self._main, return_exceptions=True)
+        return self._main
 
     # ---- the loop
 
@@ -178,9 +112,11 @@ class Session:
             while self.state is not State.ENDED:
                 try:
                     event = await asyncio.wait_for(self._events.get(), DISCONNECT_POLL_S)
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     if await self.engine.client_gone():
-                        raise ValueError(f"Request is disconnected from the client side. Abort request {self.rid}") from None
+                        raise ValueError(
+                            f"Request is disconnected from the client side. Abort request {self.rid}"
+                        ) from None
                     continue
                 self._handle(event)
         except asyncio.CancelledError:
@@ -189,17 +125,27 @@ class Session:
             self._end("error" if not isinstance(error, RequestError) else "cancelled", str(error))
             self._client.put_nowait(error)
         finally:
-            await self._clean_up()
             self._client.put_nowait(None)
+            await self._clean_up()
 
     def _open(self) -> None:
         plan, style = self.plan, self.options.style
         self.engine.send(
-            WatchSearch(rid=self.rid, trigger=plan.trigger, open_mark=style.open, close_mark=style.close, opened=self.options.opened)
+            WatchSearch(
+                rid=self.rid,
+                trigger=plan.trigger,
+                open_mark=style.open,
+                close_mark=style.close,
+                opened=self.options.opened,
+            )
         )
         if self.script is not None:
             self.engine.send(
-                ReplayScript(rid=self.rid, prompt_tokens=len(self.options.prompt_ids), ids=self.script.base_ids(self.options.opened))
+                ReplayScript(
+                    rid=self.rid,
+                    prompt_tokens=len(self.options.prompt_ids),
+                    ids=self.script.base_ids(self.options.opened),
+                )
             )
         self.state = State.REASONING
         self._spawn(self._check_task())
@@ -293,42 +239,29 @@ class Session:
             self._end_competition()
             self._deliver(output)
         if source is not None and (self.plan.named or not self.options.streaming):
-            self._submit(source, "base", None)
-            self.record.final = {"hash": Candidate(source).hash}
+            self._submit(source, "base", None, "final" if self.script is not None else None)
         self.state = State.COMPETING
-        self._spawn(self._grace())
+        self._grace = asyncio.get_running_loop().call_later(self.options.grace_s, self._events.put_nowait, GraceOver())
         self._conclude_when_idle()
 
-    async def _grace(self) -> None:
-        await asyncio.sleep(self.options.grace_s)
-        self._events.put_nowait(GraceOver())
-
     def _conclude_when_idle(self) -> None:
-        if not self._jobs and self._checked:
+        if not self._competition.jobs and self._checked:
             self._conclude()
 
     def _conclude(self) -> None:
         """The base has answered by itself: the best correct candidate wins, unless its answer was streamed already."""
         if self.state is not State.COMPETING:
             return
-        top = best(self._scored)
-        winner = self._candidates.get(top.hash) if top else None
-        if not self.options.streaming and winner is not None and self._beats_own_answer(winner):
-            self._accept(Decision(winner.hash, f"faster than the base's own answer, {winner.speedup:.3g}x"), "reasoning")
+        winner, own = self._competition.leader(), self._competition.own
+        if not self.options.streaming and winner is not None and self._competition.beats_own_answer(winner):
+            self._accept(
+                Decision(winner.hash, f"better than the base's own answer, {winner.speedup:.3g}x"), "reasoning"
+            )
             return
-        own = self._candidates.get((self.record.final or {}).get("hash", ""))
         if own is not None and own.status is Status.CORRECT:
             self.record.accepted = summary_of(own)
         self._checked = True
         self._deliver_last(None if self.options.streaming else self._base, "reasoning", "the base answered by itself")
-
-    def _beats_own_answer(self, winner: CandidateRecord) -> bool:
-        """An answer that has no verdict yet is only replaced by a kernel that is known to be faster than the reference."""
-        own = self._candidates.get((self.record.final or {}).get("hash", ""))
-        if winner is own or winner.source == "base":
-            return False
-        unknown = own is not None and own.status is None
-        return not unknown or (winner.speedup or 0.0) > 1.0
 
     def _deliver_last(self, output: Output | None, ended_by: str, reason: str) -> None:
         self._checked = True
@@ -361,12 +294,19 @@ class Session:
         base_ids = self._base.ids[: message.length - len(self.options.prompt_ids)]
         ids = [*self.options.prompt_ids, *base_ids, *self._suffix_ids]
         record = ForkRecord(
-            n=number, trigger=message.trigger, at_token=message.reasoning_tokens, prompt_tokens=len(self.options.prompt_ids),
-            input_tokens=len(ids), started_s=self._now(), prefix_inserted=message.inserted, page_size=self.options.page_size,
-        )  # fmt: skip
+            n=number,
+            trigger=message.trigger,
+            at_token=message.reasoning_tokens,
+            prompt_tokens=len(self.options.prompt_ids),
+            input_tokens=len(ids),
+            started_s=self._now(),
+            prefix_inserted=message.inserted,
+            page_size=self.options.page_size,
+        )
         rid = fork_rid(self.rid, number)
         self._forks[rid] = record
         self.record.forks.append(record)
+        self.record.ids.add_fork(ids)
         recorded = self._script_fork(rid, message.reasoning_tokens, len(ids))
         self._spawn(self._run_fork(rid, ids, record, recorded))
 
@@ -383,8 +323,10 @@ class Session:
             options["temperature"] = self.plan.temperature
         output, error = None, ""
         try:
-            async for output in self.engine.generate_fork(rid, ids, options):
-                pass
+            async for step in self.engine.generate_fork(rid, ids, options):
+                output = step
+                record.tokens = len(step.ids)
+                record.prefix_reused = int(step.meta.get("cached_tokens", 0))
         except Exception as failure:
             error = str(failure)
         finally:
@@ -398,10 +340,8 @@ class Session:
         if output is None:
             record.state = f"failed: {error}" if error else "failed"
             return
-        record.tokens = int(output.meta.get("completion_tokens", len(output.ids)))
-        record.prefix_reused = int(output.meta.get("cached_tokens", 0))
         record.prefix_computed = record.input_tokens - record.prefix_reused
-        self.record.fork_tokens += record.tokens
+        self.record.ids.fork_outputs[record.n] = array("i", output.ids)
         finish = output.finish or {}
         record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
         source = extract_candidate(output.text)
@@ -414,8 +354,7 @@ class Session:
     def _end_competition(self) -> None:
         """What was streamed cannot be replaced: forks and their evaluations are of no use any more."""
         self._stop_forks()
-        for job in self._jobs.values():
-            job.cancel()
+        self._competition.cancel()
 
     def _stop_forks(self) -> None:
         for rid, record in self._forks.items():
@@ -424,38 +363,18 @@ class Session:
 
     # ---- candidates
 
-    def _submit(self, source: str, origin: str, fork: ForkRecord | None, recorded: str | None = None) -> None:
-        candidate = Candidate(source)
-        record = self._candidates.get(candidate.hash)
-        if record is None:
-            if self.state is State.ENDED or self.record.warning:
-                return
-            record = CandidateRecord(hash=candidate.hash, source=origin, submitted_s=self._now(), recorded_answer=recorded)
-            if origin == "base" and self.script is not None:
-                record.recorded_answer = "final"
-            self._candidates[candidate.hash] = record
-            self._sources[candidate.hash] = source
-            self.record.candidates.append(record)
-            job = self.pool.submit(self.plan.task, candidate, search=self.rid, priority=0.0 if origin == "fork" else 1.0)
-            self._jobs[candidate.hash] = job
+    def _submit(self, source: str, origin: Source, fork: ForkRecord | None, recorded: str | None = None) -> None:
+        if self.state is State.ENDED or self.record.warning:
+            return
+        record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded)
+        if job is not None:
             self._spawn(self._await_verdict(record, job))
-        if fork is not None:
-            record.forks.append(fork.n)
 
     async def _await_verdict(self, record: CandidateRecord, job: Job) -> None:
         self._events.put_nowait(VerdictIn(record, await job.verdict()))
 
     def _on_verdict(self, record: CandidateRecord, verdict: Verdict) -> None:
-        self._jobs.pop(record.hash, None)
-        record.status, record.speedup, record.interval = verdict.status, verdict.speedup, verdict.interval
-        record.candidate_ms, record.reference_ms = verdict.candidate_ms, verdict.reference_ms
-        record.reason, record.digest, record.stages = verdict.reason, verdict.digest, dict(verdict.stages)
-        record.device, record.sandbox, record.verdict_s = verdict.device, verdict.sandbox, self._now()
-        self.record.evaluation_s += sum(seconds for stage, seconds in verdict.stages.items() if stage != Stage.QUEUED)
-        self._scored.append(
-            Scored(record.hash, verdict.status, verdict.speedup, record.source, len(self._scored))  # type: ignore[arg-type]
-        )
-        self.record.best = summary_of(self._candidates[top.hash]) if (top := best(self._scored)) else None
+        self._competition.judge(record, verdict)
         if self.state is State.COMPETING:
             self._conclude_when_idle()
         else:
@@ -463,13 +382,12 @@ class Session:
 
     def _decide(self) -> None:
         replaceable = self.state is State.REASONING or (self.state is State.ANSWERING and not self.options.streaming)
-        if replaceable and self._checked and (decision := self.criterion.decide(self._scored)) is not None:
+        if replaceable and self._checked and (decision := self._competition.decide()) is not None:
             self._accept(decision, "criterion")
 
     def _accept(self, decision: Decision, ended_by: str) -> None:
-        """End the reasoning with an accepted candidate: the client gets the reasoning so far, closed, and its answer."""
-        candidate = self._candidates[decision.hash]
-        self.record.accepted = summary_of(candidate)
+        """End the reasoning: the client gets what was reasoned so far, closed, and the accepted candidate's answer."""
+        self.record.accepted = summary_of(self._competition.candidates[decision.hash])
         answer = self._fork_text[decision.hash]
         close_ids = self.engine.encode(fork_suffix(self.options.style))
         _, own_answer = split_thinking(self.options.style, self.options.opened, self._base.text)
@@ -484,9 +402,9 @@ class Session:
     def _without_answer(self, answer: str) -> Output:
         """The base cut off before the closing mark: an unstreamed answer that lost, not part of what is returned."""
         style, text = self.options.style, self._base.text
-        cut = len(text) - len(answer) - len(style.close)
-        dropped = len(self.engine.encode(text[cut:]))
-        return Output(self._base.ids[: len(self._base.ids) - dropped], text[:cut].rstrip("\n"), self._base.meta)
+        kept = text[: len(text) - len(answer) - len(style.close)].rstrip("\n")
+        dropped = len(self.engine.encode(text[len(kept) :]))
+        return Output(self._base.ids[: len(self._base.ids) - dropped], kept, self._base.meta)
 
     # ---- the end
 
@@ -499,14 +417,12 @@ class Session:
         record.wall_s = self._now()
         record.reasoning_s = record.reasoning_s or record.wall_s
         self._count_tokens()
-        own = self._candidates.get((record.final or {}).get("hash", ""))
-        record.final = summary_of(own)
+        record.ids.base = array("i", self._base.ids)
+        record.fork_tokens = sum(fork.tokens for fork in record.forks)
         for fork in record.forks:
             if fork.state == "running":
                 fork.state = "cancelled"
-        for candidate in record.candidates:
-            if candidate.status is None:
-                candidate.status, candidate.reason = Status.CANCELLED, "the search ended first"
+        self._competition.close()
 
     def _count_tokens(self) -> None:
         """Reasoning and answer tokens of the base itself, by re-encoding the answer's text alone."""
@@ -518,16 +434,16 @@ class Session:
 
     async def _clean_up(self) -> None:
         """Leave nothing behind: no request in the engine, no job in the pool, no state in the schedulers."""
-        self.pool.cancel_search(self.rid)
+        if self._grace is not None:
+            self._grace.cancel()
         self._stop_engine()
         waiting = [task for task in self._tasks if not task.done()]
         if waiting:
-            _, late = await asyncio.wait(waiting, timeout=0 if self.record.ended_by == "reasoning" else 5)
+            _, late = await asyncio.wait(waiting, timeout=CLEAN_UP_S)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         self.engine.send(EndSearch(rid=self.rid, scripts=forks_of(self.rid)))
-        self.finished.set()
 
     def _stop_engine(self) -> None:
         if not self._base_done:

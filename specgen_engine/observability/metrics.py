@@ -27,7 +27,11 @@ class Metrics:
         self.searches_running.set(running)
         self.searches.labels(record.ended_by or "error").inc()
         self.search_s.observe(record.wall_s or 0.0)
-        for kind, count in (("reasoning", record.reasoning_tokens), ("answer", record.answer_tokens), ("fork", record.fork_tokens)):
+        for kind, count in (
+            ("reasoning", record.reasoning_tokens),
+            ("answer", record.answer_tokens),
+            ("fork", record.fork_tokens),
+        ):
             self.tokens.labels(kind).inc(count)
         for fork in record.forks:
             self.forks.labels(fork.state.partition(":")[0]).inc()

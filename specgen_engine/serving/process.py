@@ -22,7 +22,7 @@ from specgen_engine.errors import SpecGenError
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """url has no path; log holds stdout and stderr of all its processes; startup_s is launch to first healthy answer."""
+    """url has no path; log holds what all its processes print; startup_s: launch to first healthy answer."""
 
     url: str
     pid: int

@@ -44,6 +44,8 @@ def test_a_fork_ends_the_reasoning_when_its_verdict_meets_the_target() -> None:
     assert outcome.ended_by == "criterion"
     assert outcome.accepted is not None
     assert (outcome.accepted.hash, outcome.accepted.source) == ("f2", "fork")
+    assert outcome.curve == (pytest.approx((25.0, 1.0)), pytest.approx((35.0, 3.0)))
+    assert (outcome.best_at(24.0), outcome.best_at(30.0), outcome.best_at(99.0)) == (None, 1.0, 3.0)
     assert outcome.forks == 3
     assert outcome.fork_tokens == 100 + 100 + 50
 

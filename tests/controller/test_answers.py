@@ -93,7 +93,7 @@ def test_blocks_lie_in_the_text_and_don_t_overlap(text: str) -> None:
 
 def test_drafts_in_a_reasoning_come_with_the_place_they_end() -> None:
     first = f"Try:\n```python\n{MODULE}```\n"
-    text = f"{first}No.\n```python\nclass Mod\n```\nThen ```python\n{MODULE}"
+    text = f"{first}No.\n```python\nclass Mod\n```\nThen\n```python\n{MODULE}"
     assert drafted_modules(text) == [(len(first), MODULE)]
 
 

@@ -84,7 +84,7 @@ def test_draft_needs_a_closed_fence_with_model_new() -> None:
 def test_transition_words_count_at_a_sentence_start_only() -> None:
     ends = fired_texts("transition", TEXT, [1])
     assert [end[-7:] for end in ends] == ["\n\nWait,", "Let me "]
-    assert fired_texts("transition", "Waiting. Letter. I wait. 3.wait x", [1]) == []
+    assert fired_texts("transition", "Waiting. Letter. I wait. 3.wait x. See v0.5 wait here", [1]) == []
     assert len(fired_texts("transition", "Actually no\n- **Alternatively**, yes", [3])) == 2
 
 
@@ -108,6 +108,7 @@ def test_no_text_makes_a_trigger_raise_and_states_are_values(pieces: list[str]) 
 def test_min_keeps_firings_apart_and_counts_from_the_start() -> None:
     pieces = ["a", "\n\n"] * 10
     assert [at for at, _ in fire_points(parse_trigger("paragraph:min=5"), pieces)] == [6, 12, 18]
+    assert [at for at, _ in fire_points(parse_trigger("paragraph:min=6"), pieces)] == [6, 12, 18]
 
 
 def test_joined_triggers_name_the_one_that_fired_and_share_the_distance() -> None:

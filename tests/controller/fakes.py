@@ -1,0 +1,172 @@
+"""A mock engine and pool: a Session's surroundings as plain queues, driven by the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from specgen_engine.controller.controller import Budget
+from specgen_engine.controller.engine import Output
+from specgen_engine.controller.events import SessionOptions
+from specgen_engine.controller.request import Plan
+from specgen_engine.controller.session import Session
+from specgen_engine.controller.thinking import STYLES
+from specgen_engine.evaluation.base import Candidate, Status, Task, Verdict
+from specgen_engine.protocol import TriggerFired
+
+TASK = Task("class Model: pass\n", "toy")
+PROMPT = [1, 2, 3]
+
+
+def module(name: str) -> str:
+    """A fork's answer that holds a distinct candidate."""
+    return f"Faster.\n\n```python\nclass ModelNew:\n    name = {name!r}\n```\n"
+
+
+def source(name: str) -> str:
+    return f"class ModelNew:\n    name = {name!r}"
+
+
+class FakeEngine:
+    """One character is one token. The test pushes outputs; aborts end a stream as SGLang does."""
+
+    def __init__(self) -> None:
+        self.base: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self.forks: dict[str, asyncio.Queue[Output]] = {}
+        self.sent: list[Any] = []
+        self.aborted: list[str] = []
+        self.gone = False
+        self.rid = "base"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+    def say(self, text: str, finish: dict[str, Any] | None = None) -> None:
+        self.base.put_nowait(output(text, finish))
+
+    async def generate_base(self) -> AsyncIterator[Output]:
+        while True:
+            item = await self.base.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.finish:
+                return
+
+    async def generate_fork(self, rid: str, ids: list[int], options: dict[str, Any]) -> AsyncIterator[Output]:
+        queue = self.forks[rid] = asyncio.Queue()
+        self.last_fork = (rid, ids, options)
+        while True:
+            item = await queue.get()
+            yield item
+            if item.finish:
+                return
+
+    def abort(self, rid: str) -> None:
+        self.aborted.append(rid)
+        ended = output("", {"type": "abort", "message": "aborted"})
+        if rid in self.forks:
+            self.forks[rid].put_nowait(ended)
+        elif rid == self.rid:
+            self.base.put_nowait(ended)
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def client_gone(self) -> bool:
+        return self.gone
+
+
+def output(text: str, finish: dict[str, Any] | None = None) -> Output:
+    meta = {"finish_reason": finish, "completion_tokens": len(text), "cached_tokens": 7, "prompt_tokens": len(PROMPT)}
+    return Output([ord(c) for c in text], text, meta)
+
+
+class FakeJob:
+    def __init__(self, search: str, candidate: Candidate) -> None:
+        self.id, self.search, self.candidate = candidate.hash, search, candidate
+        self.result: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+
+    async def verdict(self) -> Verdict:
+        return await self.result
+
+    def cancel(self) -> None:
+        if not self.result.done():
+            self.result.set_result(Verdict(self.candidate.hash, Status.CANCELLED))
+
+
+class FakePool:
+    """The test gives verdicts by candidate name."""
+
+    def __init__(self, problem: str | None = None) -> None:
+        self.jobs: dict[str, FakeJob] = {}
+        self.problem = problem
+        self.checked = asyncio.Event()
+        self.checked.set()
+
+    async def check_task(self, task: Task) -> str | None:
+        await self.checked.wait()
+        return self.problem
+
+    def submit(
+        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0, deadline: Any = None
+    ) -> FakeJob:
+        assert candidate.hash not in self.jobs, "a candidate was submitted twice"
+        job = self.jobs[candidate.hash] = FakeJob(search, candidate)
+        return job
+
+    def judge(self, name: str, speedup: float | None, status: Status | None = None) -> None:
+        status = status or (Status.CORRECT if speedup else Status.WRONG)
+        candidate = Candidate(source(name)).hash
+        self.jobs[candidate].result.set_result(Verdict(candidate, status, speedup=speedup))
+
+    def cancel_search(self, search: str) -> int:
+        running = [job for job in self.jobs.values() if not job.result.done()]
+        for job in running:
+            job.cancel()
+        return len(running)
+
+
+class Rig:
+    """A session with its fakes, and what the client has got."""
+
+    def __init__(
+        self, *, streaming: bool = False, named: bool = True, termination: str = "speedup:1.5", **options: Any
+    ) -> None:
+        self.engine, self.pool, self.budget = FakeEngine(), FakePool(options.pop("problem", None)), Budget(4)
+        plan = Plan(TASK, named, "every:10", termination, "Now: ", 0.7, 64)
+        settings = SessionOptions(
+            style=STYLES["qwen3"], opened=True, streaming=streaming, per_search=options.pop("per_search", 2),
+            grace_s=options.pop("grace_s", 5), page_size=1, prompt_ids=PROMPT,
+        )  # fmt: skip
+        self.session = Session("base", plan, settings, self.engine, self.pool, self.budget)  # type: ignore[arg-type]
+        self.got: list[Output] = []
+        self.client = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for item in self.session.outputs():
+            self.got.append(item)
+
+    def trigger(self, reasoning_tokens: int) -> None:
+        length = len(PROMPT) + reasoning_tokens
+        self.session.notify(
+            TriggerFired(
+                rid="base", trigger="every:10", length=length, reasoning_tokens=reasoning_tokens, inserted=length - 1
+            )
+        )
+
+    async def settle(self) -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+    def fork(self, number: int, answer: str, finish: str = "stop") -> None:
+        self.engine.forks[f"specgen-fork.base.{number}"].put_nowait(output(answer, {"type": finish}))
+
+    async def end(self) -> None:
+        try:
+            await asyncio.wait_for(self.client, 5)
+        finally:
+            task = self.session.close()
+            if task is not None:
+                await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 5)

@@ -1,0 +1,96 @@
+"""custom_params.specgen: taken out before tokenisation, validated, every error naming its field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specgen_engine.config import SpecGenConfig
+from specgen_engine.controller.request import RequestOptions, parse_options, plan_search, take_out
+from specgen_engine.errors import RequestError
+
+TASK = "class Model: ...\ndef get_inputs(): return []\ndef get_init_inputs(): return []\n"
+PROMPT = f"Make it fast.\n\n```python\n{TASK}```\n"
+
+
+def test_take_out_leaves_the_other_params() -> None:
+    params = {"custom_params": {"specgen": {"task": "x"}, "other": 1}}
+    assert take_out(params) == {"task": "x"}
+    assert params == {"custom_params": {"other": 1}}
+    assert take_out({"custom_params": None}) is None
+    assert take_out({}) is None
+
+
+@pytest.mark.parametrize("value", [{"task": TASK}, json.dumps({"task": TASK})])
+def test_an_object_and_its_json_string_are_the_same(value: Any) -> None:
+    options = parse_options(value)
+    assert isinstance(options, RequestOptions)
+    assert options.task == TASK
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"taks": TASK}, "specgen.taks: Extra inputs"),
+        ({"termination": "speedup:-1"}, "specgen.termination:"),
+        ({"trigger": "every:0"}, "specgen.trigger:"),
+        ({"fork": {"max_tokens": 0}}, "specgen.fork.max_tokens:"),
+        ({"fork": {"temperature": 9}}, "specgen.fork.temperature:"),
+        ({"iteration": 0}, "specgen.iteration:"),
+        ("{not json", "not JSON"),
+        (3, "got 3"),
+        ([1], "got [1]"),
+    ],
+)
+def test_a_bad_value_names_its_field(value: Any, says: str) -> None:
+    with pytest.raises(RequestError) as error:
+        parse_options(value)
+    assert says in str(error.value)
+
+
+def test_false_opts_out_and_none_is_not_named() -> None:
+    assert parse_options(False) is False
+    assert parse_options("false") is False
+    assert parse_options(None) is None
+
+
+def test_a_task_is_taken_from_the_prompt_only_where_allowed_or_named() -> None:
+    explicit, prompt = SpecGenConfig(), SpecGenConfig.model_validate({"tasks": {"source": "prompt"}})
+    assert plan_search(None, PROMPT, explicit) is None
+    plan = plan_search(None, PROMPT, prompt)
+    assert plan is not None
+    assert (plan.task.source.strip(), plan.named) == (TASK.strip(), False)
+    named = plan_search(RequestOptions(), PROMPT, explicit)
+    assert named is not None
+    assert named.named
+    with pytest.raises(RequestError, match=r"specgen\.task: missing"):
+        plan_search(RequestOptions(), "hello", prompt)
+
+
+def test_the_request_narrows_the_configuration() -> None:
+    config = SpecGenConfig.model_validate({"fork": {"max_tokens": 100, "nudge": "A"}})
+    options = RequestOptions.model_validate(
+        {"task": TASK, "trigger": "fence", "termination": "correct", "fork": {"max_tokens": 500, "nudge": ""}}
+    )
+    plan = plan_search(options, "", config)
+    assert plan is not None
+    assert (plan.trigger, plan.termination, plan.fork_tokens, plan.nudge) == ("fence", "correct", 100, "")
+
+
+def test_a_task_path_must_be_under_an_allowed_root(tmp_path: Path) -> None:
+    root = tmp_path / "tasks"
+    root.mkdir()
+    (root / "t.py").write_text(TASK)
+    (tmp_path / "secret.py").write_text("secret")
+    allowed = SpecGenConfig.model_validate({"tasks": {"roots": [str(root)]}})
+    plan = plan_search(RequestOptions(task=str(root / "t.py")), "", allowed)
+    assert plan is not None
+    assert plan.task.source == TASK
+    for path in (tmp_path / "secret.py", root / ".." / "secret.py"):
+        with pytest.raises(RequestError, match="outside the folders"):
+            plan_search(RequestOptions(task=str(path)), "", allowed)
+    with pytest.raises(RequestError, match="the server allows none"):
+        plan_search(RequestOptions(task="/etc/passwd"), "", SpecGenConfig())

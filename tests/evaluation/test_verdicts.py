@@ -1,0 +1,130 @@
+"""Every way in which a candidate can end, on one pool that must live on."""
+
+from __future__ import annotations
+
+import pytest
+
+from specgen_engine.evaluation.base import Stage, Status, Task
+
+from .conftest import TASK, module
+
+GOOD = "return torch.softmax(x, -1) * self.weight"
+
+
+def test_correct_with_the_reference_s_weights(judge) -> None:
+    verdict = judge(module(init="self.register_buffer('unused', torch.zeros(1), persistent=False)"))
+    assert verdict.status is Status.CORRECT, verdict
+    assert verdict.interval is not None
+    assert verdict.interval[0] <= verdict.speedup <= verdict.interval[1]
+    assert 0.3 < verdict.speedup < 3.0
+    assert set(verdict.stages) == {Stage.QUEUED, Stage.COMPILE, Stage.CHECK, Stage.TIME}
+
+
+def test_a_faster_kernel_is_faster(judge) -> None:
+    slow = Task(TASK.source.replace("return torch.softmax", "for _ in range(8): torch.softmax(x, -1)\n        return torch.softmax"))
+    assert judge(module(), slow).speedup > 3
+
+
+FAULTS = {
+    "syntax": ("class ModelNew(:\n  pass", Status.COMPILE_ERROR, "line 1"),
+    "no ModelNew": ("import torch\nclass Other: pass", Status.COMPILE_ERROR, "no class ModelNew"),
+    "import raises": (module(top="import nothing_of_this_name"), Status.COMPILE_ERROR, "nothing_of_this_name"),
+    "binary": ("x = 1\0", Status.REJECTED, "binary"),
+    "too long": ("#" * (1 << 20) + "\n" + module(), Status.REJECTED, "at most 1048576"),
+    "init raises": (module(init="raise ValueError('bad width')"), Status.RUNTIME_ERROR, "bad width"),
+    "forward raises": (module("raise KeyError('gone')"), Status.RUNTIME_ERROR, "gone"),
+    "sys.exit": (module("raise SystemExit(0)"), Status.RUNTIME_ERROR, "SystemExit"),
+    "wrong": (module("return torch.softmax(x, -1) * self.weight * 1.01"), Status.WRONG, "100 %"),
+    "wrong shape": (module("return torch.softmax(x, -1)[:1]"), Status.WRONG, "shape"),
+    "wrong dtype": (module("return (torch.softmax(x, -1) * self.weight).double()"), Status.WRONG, "dtype"),
+    "nan": (module("return torch.softmax(x, -1) * self.weight + float('nan')"), Status.WRONG, "NaN"),
+    "two outputs": (module("y = torch.softmax(x, -1) * self.weight; return y, y"), Status.WRONG, "returns"),
+    "no tensor": (module("return None"), Status.WRONG, "returns"),
+    "hang": (module("while True: pass"), Status.TIMEOUT, "3 s"),
+    "hang, signals blocked": (
+        module("while True: pass", top="import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))"),
+        Status.TIMEOUT, "3 s",
+    ),
+    "segfault": (module("import ctypes; ctypes.string_at(0)"), Status.CRASH, "SIGSEGV"),
+    "abort": (module("import os; os.abort()"), Status.CRASH, "SIGABRT"),
+    "_exit(0)": (module("import os; os._exit(0)"), Status.CRASH, "exit code 0"),
+    "too much memory": (module("return torch.ones(1 << 31)"), Status.RUNTIME_ERROR, "memory"),
+    "endless output": (module("while True: print('x' * 1000)"), Status.RUNTIME_ERROR, "printed more"),
+    "fork bomb": (module("import os\nwhile True: os.fork()"), None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_a_verdict(judge, name: str) -> None:
+    source, status, words = FAULTS[name]
+    verdict = judge(source)
+    if status is None:  # which limit a fork bomb meets first depends on the machine
+        assert verdict.status in (Status.RUNTIME_ERROR, Status.TIMEOUT, Status.CRASH)
+        return
+    assert verdict.status is status, verdict
+    assert words in verdict.reason
+
+
+def test_the_pool_lives_on_and_nothing_is_left(judge, pool_thread) -> None:
+    import psutil
+
+    assert judge(module()).status is Status.CORRECT
+    snapshot = pool_thread.pool.snapshot()
+    assert (snapshot["ready"], snapshot["restarts"], snapshot["busy"]) == (1, 0, 0)
+    worker = psutil.Process(pool_thread.pool._slots[0].process.pid)
+    below = worker.children(recursive=True)
+    assert len(below) <= 3, below  # the judge and what its sandbox puts around it
+
+
+def test_nested_forks_and_sessions_are_ended(judge, tmp_path) -> None:
+    import psutil
+
+    body = """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.setsid()
+            time.sleep(3600.25)
+        time.sleep(3600.25)
+return torch.softmax(x, -1) * self.weight
+"""
+    before = {process.pid for process in psutil.process_iter()}
+    judge(module(body))
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "worker_main" in str(p.info["cmdline"])]
+    assert not left
+
+
+def test_compile_error_digest(judge) -> None:
+    top = """
+from torch.utils.cpp_extension import load_inline
+load_inline(name="broken", cpp_sources="int f() { return missing_name; }", functions=["f"], with_pytorch_error_handling=False)
+"""
+    verdict = judge(module(top=top))
+    assert verdict.status is Status.COMPILE_ERROR, verdict
+    assert "missing_name" in verdict.reason
+    assert "hint: include its header" in verdict.digest
+
+
+TASK_FAULTS = {
+    "import torch": "defines no Model",
+    TASK.source.replace("def get_inputs", "def other"): "defines no get_inputs",
+    TASK.source.replace("return [512]", "return [511]"): "511",
+    "raise OSError('no such data')": "no such data",
+    TASK.source.replace("return torch.softmax", "return torch.rand(1) + torch.softmax"): "differs between two calls",
+    TASK.source.replace("return torch.softmax", "return float('nan') * torch.softmax"): "NaN",
+    "import os\nos._exit(3)": "exit code 3",
+}
+
+
+@pytest.mark.parametrize("source", TASK_FAULTS)
+def test_task_faults_are_one_line(pool_thread, source: str) -> None:
+    fault = pool_thread.call(pool_thread.pool.check_task(Task(source)))
+    assert fault is not None
+    assert TASK_FAULTS[source] in fault
+    assert "\n" not in fault
+
+
+def test_a_good_task(pool_thread) -> None:
+    assert pool_thread.call(pool_thread.pool.check_task(TASK)) is None

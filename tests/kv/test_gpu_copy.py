@@ -1,0 +1,152 @@
+"""The kernels on a GPU: every byte, every tag, both layouts, all methods. One GPU lends to itself; two lend to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specgen_engine.kv.base import StalePages
+from specgen_engine.kv.native import _kv
+
+pytestmark = pytest.mark.gpu(count=1)
+
+MIB = 1 << 20
+SHAPES = {
+    "single": (32768,),
+    "layers": (2048,) * 12,
+    "one-kib": (1024,) * 7,
+    "mla-index": (73728,) * 3 + (8448,) * 3,
+    "odd": (1152, 1152, 528),
+}
+CONFIGS = {
+    "auto": None,
+    "vector": ("vector", 5, 8, 0, 0),
+    "bulk-narrow": ("bulk", 3, 1, 3, 8192),
+    "bulk-wide": ("bulk", 16, 8, 3, 8192),
+    "bulk-one-block": ("bulk", 1, 4, 6, 8192),
+}
+
+
+@pytest.fixture(scope="module")
+def lender() -> Iterator[Any]:
+    from bench.kv_rig import LenderProcess
+
+    device = 1 if _kv.device_count() > 1 else 0
+    with LenderProcess("cuda", device, 2, 64) as process:
+        yield process
+
+
+@pytest.fixture(params=["page_first", "layer_first"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=SHAPES)
+def rig(request: pytest.FixtureRequest, lender: Any, layout: str) -> Iterator[Any]:
+    from bench.kv_rig import Rig
+    from bench.kv_shapes import Shape
+
+    made = Rig("cuda:0", lender, 2, Shape(request.param, SHAPES[request.param], layout), 8 * MIB, seed=7)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_byte_and_tag_both_ways(rig: Any, name: str) -> None:
+    import torch
+
+    stream = torch.cuda.current_stream().cuda_stream
+    for pages in (1, 3, rig.pages // 2):
+        tables = rig.tables(pages)
+        for direction, verify in ((_kv.Direction.EXPORT, rig.verify_push), (_kv.Direction.IMPORT, rig.verify_pull)):
+            given = CONFIGS[name]
+            config = _kv.CopyConfig(*given) if given else rig.arena.copier.select(direction, pages)
+            assert verify(lambda t, d=direction, c=config: rig.arena.copier.launch(d, t.addresses(), c, stream), tables, True)
+
+
+def test_import_reports_exactly_the_stale_pages(rig: Any) -> None:
+    import torch
+
+    rig.arena.export(range(rig.pages), rig.refs).result()
+    tables = rig.tables(min(rig.pages, 40))
+    wrong = torch.zeros(len(tables), dtype=torch.bool, device="cuda:0")
+    wrong[::3] = True
+    changed = tables._replace(generations=tables.generations + wrong)
+    config = rig.arena.copier.select(_kv.Direction.IMPORT, len(tables))
+    rig.arena.copier.launch(_kv.Direction.IMPORT, changed.addresses(), config, torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    assert torch.equal(changed.flags == _kv.PAGE_STALE, wrong)
+    assert torch.equal(changed.flags == _kv.PAGE_MATCHES, ~wrong)
+
+
+def test_a_captured_graph_moves_the_pages_of_its_tables_at_replay(rig: Any) -> None:
+    import torch
+
+    tables = rig.tables(min(rig.pages // 2, 30))
+    config = rig.arena.copier.select(_kv.Direction.EXPORT, len(tables))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rig.arena.copier.launch(_kv.Direction.EXPORT, tables.addresses(), config, torch.cuda.current_stream().cuda_stream)
+    for _ in range(2):
+        fresh = rig.tables(len(tables))
+        for column, new in zip(tables, fresh, strict=True):
+            column.copy_(new)
+        assert rig.verify_push(lambda _: graph.replay(), tables, True)
+
+
+def test_token_indices_are_taken_as_sglang_keeps_them(rig: Any) -> None:
+    import torch
+
+    page_size, tables = 16, rig.tables(5)
+
+    def tokens(pages: Any) -> Any:
+        return (pages[:, None] * page_size + torch.arange(page_size, device="cuda:0")).reshape(-1).contiguous()
+
+    device, arena = tokens(tables.device_pages), tokens(tables.arena_pages)
+    addresses = _kv.DeviceTables(
+        device.data_ptr(), arena.data_ptr(), tables.generations.data_ptr(), tables.flags.data_ptr(), 5, index_stride=page_size
+    )
+    config = rig.arena.copier.select(_kv.Direction.EXPORT, 5)
+    stream = torch.cuda.current_stream().cuda_stream
+    assert rig.verify_push(lambda _: rig.arena.copier.launch(_kv.Direction.EXPORT, addresses, config, stream), tables, True)
+
+
+def test_submitted_copies_follow_the_callers_stream_and_lead_it(rig: Any) -> None:
+    import torch
+
+    stream = torch.cuda.Stream()
+    rig.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        rig.pool.add_(3)
+        export = rig.arena.export(range(rig.pages), rig.refs, after_stream=stream.cuda_stream)
+        rig.arena.copier.order_after(export.ticket, stream.cuda_stream)
+        expected = rig.pool.clone()
+        rig.pool.zero_()
+        back = rig.arena.import_(range(rig.pages), rig.refs, after_stream=stream.cuda_stream)
+    export.result()
+    back.result()
+    torch.cuda.synchronize()
+    assert torch.equal(rig.pool, expected)
+
+
+def test_an_arena_page_of_another_generation_raises(rig: Any) -> None:
+    rig.arena.export(range(rig.pages), rig.refs).result()
+    first = rig.refs.take(slice(0, 2))
+    rig.arena.release(first)
+    again = rig.arena.allocate(2)
+    with pytest.raises(StalePages):
+        rig.arena.import_([0, 1], again).result()  # given out anew, nothing exported to it yet
+    with pytest.raises(StalePages):
+        rig.arena.import_([0, 1], first)
+    rig.refs = rig.refs._replace(pages=np.concatenate([rig.refs.pages[2:], again.pages]))
+
+
+@pytest.mark.gpu(count=2)
+def test_promises_under_failure_hold_on_two_gpus(tmp_path: Any) -> None:
+    from bench.kv_failures import main
+
+    assert main(["--json", str(tmp_path / "failures.json"), "--mib", "256"]) == 0

@@ -1,0 +1,101 @@
+"""The hook table fits this SGLang; a hook that does not is one error that names the version; nothing is on without the flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from specgen_engine import plugin
+from specgen_engine.arguments import REFUSED_MODES, check_schedulers
+from specgen_engine.errors import HookError
+
+NONE_ACTIVE = """
+import json
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import prepare_server_args
+prepare_server_args({arguments!r})
+print(json.dumps(sorted(HookRegistry._patched)))
+"""
+
+
+def hooks(process: str) -> set[str]:
+    return {hook.target for hook in plugin.HOOKS if hook.process == process}
+
+
+def active_after(arguments: list[str]) -> set[str]:
+    code = NONE_ACTIVE.format(arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_every_hook_fits_this_sglang() -> None:
+    assert [row for row in plugin.check_hooks() if row["problem"]] == []
+
+
+def test_every_handler_exists_and_every_hook_says_why() -> None:
+    for hook in plugin.HOOKS:
+        module, _, name = hook.handler.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert hook.purpose
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    saved = dict(HookRegistry._hooks), set(HookRegistry._patched)
+    yield
+    HookRegistry._hooks.clear()
+    HookRegistry._hooks.update(saved[0])
+    HookRegistry._patched = saved[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"expects": ("self", "batch")}, r"takes \(self, batch, result\), expected \(self, batch\)"),
+        ({"target": "sglang.srt.managers.scheduler.Scheduler.no_such_method"}, "is missing"),
+    ],
+)
+def test_a_hook_that_does_not_fit_names_the_version(
+    monkeypatch: pytest.MonkeyPatch, registry: None, change: dict[str, object], says: str
+) -> None:
+    hook = next(h for h in plugin.HOOKS if h.target.endswith("process_batch_result"))
+    monkeypatch.setattr(plugin, "HOOKS", (dataclasses.replace(hook, **change),))  # type: ignore[arg-type]
+    with pytest.raises(HookError, match=says) as error:
+        plugin.activate("scheduler")
+    assert f"SGLang {plugin.sglang_version()}" in str(error.value)
+
+
+def test_a_scheduler_without_a_hook_stops_start_up() -> None:
+    complete = {"specgen": {"hooks": sorted(hooks("scheduler"))}}
+    check_schedulers([complete, complete])
+    partial = {"specgen": {"hooks": sorted(hooks("scheduler"))[1:]}}
+    with pytest.raises(RuntimeError, match="rank 1 runs without the hooks on"):
+        check_schedulers([complete, partial])
+    with pytest.raises(RuntimeError, match="rank 0"):
+        check_schedulers([{}])
+
+
+def test_a_stray_variable_does_not_activate_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.ACTIVE, "999999999")
+    assert not plugin._inside_active_server()
+    monkeypatch.setenv(plugin.ACTIVE, "yes")
+    assert not plugin._inside_active_server()
+
+
+def test_without_the_flag_only_the_argument_hooks_are_active() -> None:
+    assert active_after(["--model-path", "/nonexistent-but-unread", "--device", "cpu", "--load-format", "dummy"]) >= set()
+
+
+def test_refused_modes_each_say_what_to_do() -> None:
+    assert all("; " in message or ": " in message for _, message in REFUSED_MODES)
