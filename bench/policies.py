@@ -10,19 +10,16 @@ The oracle makes only the forks its criterion needs, at their marks, with an eva
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.machine import new_report, write_report
 from bench.recordings import Service, Subject, UsageError, read_scores, subject_of, tokenizer
 from bench.virtual_time import Machine, Outcome, Recording, View, oracle_seconds, run_search, sequential
 from specgen_engine.controller import adaptive
@@ -48,6 +45,7 @@ POLICIES = (
     "adaptive",
 )
 CRITERIA = ("speedup:1.5", "final:0.9", "correct", "plateau:3", "best_of:4", "none")
+TIME_SHARES = (0.25, 0.5, 0.75, 1.0)
 ADAPTIVE_POINTS = "paragraph+fence+every:400"
 
 
@@ -134,6 +132,10 @@ class Study:
             "seconds": outcome.seconds,
             "sequential_s": alone.seconds,
             "time_over_sequential": outcome.seconds / alone.seconds,
+            "best_over_final": {
+                f"{share:.0%}": (outcome.best_at(share * alone.seconds) or 0.0) / final if final else None
+                for share in TIME_SHARES
+            },
             "service": subject.service,
         }
 
@@ -163,8 +165,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "oracle_gain": ideal,
                 "share_of_oracle": gain / ideal if gain and ideal else None,
                 "worst_gain": min(row["gain"] for row in group),
+                "time_over_sequential": mean(row["time_over_sequential"] for row in group),
                 "worst_time_over_sequential": max(row["time_over_sequential"] for row in group),
                 "accepted_over_final": mean(row["accepted_over_final"] for row in group),
+                "best_over_final": {
+                    f"{share:.0%}": statistics.fmean(row["best_over_final"][f"{share:.0%}"] or 0.0 for row in group)
+                    for share in TIME_SHARES
+                },
                 "met": sum(row["met"] for row in group),
                 "forks": statistics.fmean(row["forks"] for row in group),
                 "fork_tokens": statistics.fmean(row["fork_tokens"] for row in group),
@@ -175,32 +182,34 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(lines: Sequence[dict[str, Any]], rate: float, path: Path) -> None:
-    """Gain against fork tokens and against quality, one panel a criterion, at one decode rate."""
+    """At one decode rate, a column a criterion: gain against fork tokens, and quality against time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = [line for line in lines if line["tokens_per_s"] == rate and line["criterion"] != "none"]
-    criteria = list(dict.fromkeys(line["criterion"] for line in chosen))
-    figure, axes = pyplot.subplots(2, len(criteria), figsize=(4.2 * len(criteria), 8), squeeze=False)
+    chosen = [line for line in lines if line["tokens_per_s"] == rate]
+    criteria, policies = (list(dict.fromkeys(line[key] for line in chosen)) for key in ("criterion", "policy"))
+    colours = pyplot.get_cmap("tab20")
+    figure, axes = pyplot.subplots(2, len(criteria), figsize=(3.6 * len(criteria) + 3, 7), squeeze=False)
+    for line in chosen:
+        column, number = criteria.index(line["criterion"]), policies.index(line["policy"])
+        style = {"color": colours(number % 20), "marker": "*" if line["policy"] == "adaptive" else "o", "s": 60}
+        label = line["policy"] if column == 0 else None
+        axes[0][column].scatter(line["fork_tokens"], line["gain"], label=label, **style)
+        if line["accepted_over_final"] is not None:
+            axes[1][column].scatter(line["time_over_sequential"], line["accepted_over_final"], **style)
+        axes[0][column].axhline(line["oracle_gain"], linestyle="--", color="black", linewidth=1)
     for column, criterion in enumerate(criteria):
-        here = [line for line in chosen if line["criterion"] == criterion]
-        for axis, key in ((axes[0][column], "fork_tokens"), (axes[1][column], "accepted_over_final")):
-            for line in here:
-                if line[key] is None:
-                    continue
-                axis.scatter(line[key], line["gain"], color="tab:red" if line["policy"] == "adaptive" else "tab:blue")
-                axis.annotate(line["policy"], (line[key], line["gain"]), fontsize=6)
-            axis.axhline(here[0]["oracle_gain"], linestyle="--", color="black", linewidth=1)
-            axis.set_xlabel(
-                {"fork_tokens": "fork tokens a trace", "accepted_over_final": "accepted / final speed-up"}[key]
-            )
-            axis.set_ylabel("gain over sequential (dashed: oracle)")
-        axes[0][column].set_title(f"{criterion}, {rate:g} tokens/s")
-    figure.tight_layout()
+        axes[0][column].set(title=f"{criterion}, {rate:g} tokens/s", xlabel="fork tokens a trace")
+        axes[1][column].set(xlabel="time / sequential")
+    axes[0][0].set_ylabel("gain over sequential (dashed: oracle)")
+    axes[1][0].set_ylabel("accepted / final speed-up")
+    figure.legend(loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 3 / (3.6 * len(criteria) + 3), 1))
     part = path.with_name(f".{path.name}.part.png")
-    figure.savefig(part, dpi=130)
+    figure.savefig(part, dpi=110)
+    pyplot.close(figure)
     os.replace(part, path)
 
 
@@ -326,52 +335,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in skipped:
         print(f"left out: {row['trace']}: {row['reason']}")
     if options.json:
-        write_report(options, rows, lines, subjects, skipped)
+        write_json(options, rows, lines, subjects, skipped)
     if options.plot:
         plot(lines, options.tokens_per_s[len(options.tokens_per_s) // 2], Path(options.plot))
     return 0
 
 
-def provenance() -> dict[str, Any]:
-    """Machine, command and commit of this run; virtual time needs no seed, the report says null."""
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-            "gpus": [],
-            "driver": None,
-            "torch": version("torch"),
-            "sglang": version("sglang"),
-        },
-        "command": ["python", "-m", "bench.policies", *sys.argv[1:]],
-        "commit": commit.stdout.strip() or None,
-        "seed": None,
-    }
-
-
-def write_report(
+def write_json(
     options: argparse.Namespace, rows: list, lines: list, subjects: Sequence[Subject], skipped: list
 ) -> None:
-    report = {
-        "schema": SCHEMA,
-        **provenance(),
-        "parameters": {name: value for name, value in vars(options).items() if name not in ("json", "plot")},
-        "rows": rows,
-        "summary": lines,
-        "harvest": {f"{one.recording.family}/{one.recording.name}": one.harvest for one in subjects},
-        "skipped": skipped,
-    }
-    part = Path(f"{options.json}.part")
-    part.write_text(json.dumps(report, indent=1))
-    os.replace(part, options.json)
+    """Virtual time is deterministic: the report's seed is null."""
+    report = new_report(SCHEMA, None, "bench.policies")
+    report["parameters"] = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
+    report["rows"], report["summary"], report["skipped"] = rows, lines, skipped
+    report["harvest"] = {f"{one.recording.family}/{one.recording.name}": one.harvest for one in subjects}
+    write_report(Path(options.json), report)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ class View(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A finished search; accepted is None when no candidate was correct. Seconds are virtual."""
+    """A finished search; accepted is None when no candidate was correct. Seconds are virtual.
+
+    curve: (seconds, best correct speed-up since then), ascending.
+    """
 
     seconds: float
     ended_by: str
@@ -82,6 +85,11 @@ class Outcome(NamedTuple):
     fork_tokens: int
     verdicts: int
     base_tokens: int
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def best_at(self, seconds: float) -> float | None:
+        """The best correct speed-up known at a time, None before the first."""
+        return next((speedup for since, speedup in reversed(self.curve) if since <= seconds), None)
 
 
 Admit = Callable[[View], bool]
@@ -148,6 +156,7 @@ class _Search:
         self.work = 0.0
         self.evaluators = _Evaluators(machine)
         self.scored: list[Scored] = []
+        self.curve: list[tuple[float, float]] = []
         self.submitted: dict[str, View] = {}
         self.forks, self.last_fork = 0, 0
 
@@ -187,6 +196,9 @@ class _Search:
     def verdict(self, answer: Answer, source: str) -> bool:
         """Record one verdict; True when the search ends with it."""
         self.scored.append(Scored(answer.hash, answer.status, answer.speedup, source, len(self.scored)))  # type: ignore[arg-type]
+        top = best(self.scored)
+        if top and top.speedup and (not self.curve or top.speedup > self.curve[-1][1]):
+            self.curve.append((self.now, top.speedup))
         if self.observe and source == "fork":
             self.observe(self.submitted[answer.hash], answer.speedup or 0.0, answer.tokens)
         return source == "base" or self.criterion.decide(self.scored) is not None
@@ -241,6 +253,7 @@ def run_search(
         round(search.fork_tokens),
         len(search.scored),
         round(min(search.base, whole)),
+        tuple(search.curve),
     )
 
 
