@@ -23,6 +23,8 @@ DEFAULTS: tuple[tuple[str, str | None], ...] = (
     ("--max-total-tokens", "32768"),
     ("--max-running-requests", "32"),
     ("--skip-server-warmup", None),
+    # Without it an idle scheduler polls on three quarters of a core, which the judging of candidates needs.
+    ("--sleep-on-idle", None),
 )
 
 

@@ -9,6 +9,7 @@ of the template.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -88,9 +89,12 @@ class Template:
         return int(json.loads(answer)["pid"])
 
     def close(self) -> None:
-        self._lines.close()
+        """End the template; servers that it forked live on."""
+        with contextlib.suppress(OSError):  # what was not sent can't be, when the template is gone
+            self._lines.close()
         self._ours.close()
-        self._process.wait(timeout=30)
+        self._process.kill()
+        self._process.wait()
 
     def __enter__(self) -> Template:
         return self
