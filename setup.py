@@ -35,6 +35,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DSPECGEN_NVCC={tools.nvcc or ''}",
+            f"-DSPECGEN_CUDA_HOME={tools.cuda_home or ''}",
             f"-DSPECGEN_CUTLASS_INCLUDE={tools.cutlass_include or ''}",
         ]
         print(f"specgen_engine._kv: {tools.describe()}")

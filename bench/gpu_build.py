@@ -16,7 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from specgen_engine.kv.toolchain import ToolchainError, explain_failure, find_nvcc
+from specgen_engine.kv.toolchain import ToolchainError, cuda_home, explain_failure, find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DSPECGEN_WITH_CUDA"]
@@ -59,7 +59,8 @@ def build(includes: list[Path], output: Path, jobs: int) -> Path:
         target = output / f"_kv{sysconfig.get_config_var('EXT_SUFFIX')}"
         built = Path(scratch) / target.name
         objects = sorted(str(path) for path in Path(scratch).glob("*.o"))
-        run([str(nvcc), "-shared", "-Xcompiler", "-fPIC", "-cudart", "static", *objects, "-o", str(built)])
+        libraries = [f"-L{folder}" for name in ("lib64", "lib") if (folder := cuda_home(nvcc) / name).is_dir()]
+        run([str(nvcc), "-shared", *libraries, "-Xcompiler", "-fPIC", "-cudart", "static", *objects, "-o", str(built)])
         shutil.copyfile(built, target.with_suffix(".new"))
         target.with_suffix(".new").replace(target)
     return target

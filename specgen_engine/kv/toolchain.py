@@ -1,11 +1,14 @@
-"""Where nvcc and the CUTLASS headers are: used by the build, the compile tests and the benchmark's build on a GPU host."""
+"""Where nvcc and the CUTLASS headers are: for the build, the compile tests and the build on a GPU host."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 ARCH_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a",)
@@ -22,6 +25,7 @@ class Toolchain:
 
     nvcc: Path | None
     cutlass_include: Path | None
+    cuda_home: Path | None = None
     missing: str | None = None
 
     def describe(self) -> str:
@@ -68,14 +72,46 @@ def find_cutlass() -> Path | None:
     return _package_file("cutlass_library", "source/include")
 
 
+def cuda_home(nvcc: Path) -> Path:
+    """The toolkit's folder with include/ and lib/, by nvcc's own word where it is a wrapper script.
+
+    Raises:
+        ToolchainError: nvcc does not run.
+    """
+    near = nvcc.resolve().parent.parent
+    if (near / "include" / "cuda_runtime.h").is_file():
+        return near
+    said = subprocess.run([str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, timeout=30).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    if top is None:
+        raise ToolchainError(f"{nvcc} does not say where its toolkit is: set SPECGEN_NVCC to the nvcc inside a CUDA toolkit")
+    return Path(top.group(1)).resolve()
+
+
+def package_mismatch(nvcc: Path) -> str | None:
+    """Why an nvcc from packages can't work, if so: its parts are packages of their own, and pip takes the newest of each."""
+    if nvcc != _package_file("nvidia", "cu13/bin/nvcc"):
+        return None
+    versions = {name: ".".join(metadata.version(name).split(".")[:2]) for name in ("nvidia-cuda-nvcc", "nvidia-nvvm")}
+    ours = versions["nvidia-cuda-nvcc"]
+    if versions["nvidia-nvvm"] == ours:
+        return None
+    return (
+        f"nvidia-nvvm {versions['nvidia-nvvm']} does not fit nvidia-cuda-nvcc {ours}: "
+        f"pip install 'nvidia-nvvm=={ours}.*' 'nvidia-cuda-crt=={ours}.*'"
+    )
+
+
 def find_toolchain() -> Toolchain:
     """What the CUDA part would be built with here."""
     nvcc, cutlass = find_nvcc(), find_cutlass()
     if nvcc is None:
-        return Toolchain(None, None, "no nvcc: install nvidia-cuda-nvcc or set SPECGEN_NVCC")
+        return Toolchain(None, None, missing="no nvcc: install nvidia-cuda-nvcc or set SPECGEN_NVCC")
+    if mismatch := package_mismatch(nvcc):
+        return Toolchain(None, None, missing=mismatch)
     if cutlass is None:
-        return Toolchain(None, None, "no CUTLASS headers: install nvidia-cutlass or set SPECGEN_CUTLASS_INCLUDE")
-    return Toolchain(nvcc, cutlass)
+        return Toolchain(None, None, missing="no CUTLASS headers: install nvidia-cutlass or set SPECGEN_CUTLASS_INCLUDE")
+    return Toolchain(nvcc, cutlass, cuda_home(nvcc))
 
 
 def compile_command(tools: Toolchain, source: Path, target: Path, *extra: str) -> list[str]:
@@ -89,7 +125,7 @@ def explain_failure(output: str) -> str:
     """A compile error's remedy where the cause is known."""
     if "Unsupported .version" in output:
         return (
-            "nvcc's front end (package nvidia-nvvm) is newer than its ptxas (nvidia-cuda-nvcc): install the same release, "
+            "nvcc's front end (nvidia-nvvm) is newer than its ptxas (nvidia-cuda-nvcc): install the same release, "
             "pip install 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*'"
         )
     return "see the compiler's output above"

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Builds, checks and measures the KV transport on a host with two GPUs and no network. Run from the project's root:
+#   OUT=results bash bench/run_kv_on_gpu_host.sh
+# Needs python3 with torch, nvcc, and the folder that `python -m bench.pack_gpu_host` made (CARRY, default build/carry).
+# Each step has its own log and time limit; one that fails does not stop the rest. STEPS picks some of them; BENCH_S bounds
+# the benchmark. Rehearsal without a GPU: BACKEND=loopback STEPS="bench failures".
+set -u
+OUT=${OUT:-kv_results}
+CARRY=${CARRY:-build/carry}
+BACKEND=${BACKEND:-cuda}
+BENCH_S=${BENCH_S:-200}
+STEPS=${STEPS:-build tests bench failures memcheck racecheck ncu}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+export PYTHONPATH=".:$CARRY/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+[ -f "$CARRY/COMMIT" ] && export SPECGEN_COMMIT=${SPECGEN_COMMIT:-$(cat "$CARRY/COMMIT")}
+sgl=()
+[ -f "$CARRY/sgl_kernel.so" ] && sgl=(--sgl-kernel "$CARRY/sgl_kernel.so")
+quick=()
+[ "$BACKEND" = loopback ] && quick=(--quick)
+summary=$OUT/steps.txt
+: >"$summary"
+
+step() {
+    local name=$1 limit=$2 start=$SECONDS status
+    shift 2
+    case " $STEPS " in *" $name "*) ;; *) return ;; esac
+    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    status=$?
+    printf '%-10s status %3d %4d s of %d\n' "$name" "$status" $((SECONDS - start)) "$limit" | tee -a "$summary"
+    [ "$status" -eq 0 ] || tail -n 15 "$OUT/$name.log"
+}
+
+nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1
+nvidia-smi topo -m >>"$OUT/nvidia-smi.txt" 2>&1
+step build 150 "$PYTHON" -m bench.gpu_build --include "$CARRY/include" --jobs 16
+step tests 120 "$PYTHON" -m pytest tests/kv/test_gpu_copy.py -q -x -p no:cacheprovider
+step bench $((BENCH_S + 60)) "$PYTHON" -m bench.kv_transfer --backend "$BACKEND" --json "$OUT/kv_transfer.json" --tune \
+    --budget-s "$BENCH_S" "${sgl[@]}" "${quick[@]}"
+step failures 60 "$PYTHON" -m bench.kv_failures --backend "$BACKEND" --json "$OUT/kv_failures.json"
+step memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
+step racecheck 90 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
+step ncu 60 ncu --clock-control none -k regex:copy_pages -c 4 --set full "$PYTHON" -m bench.kv_sanitize --mib 256
+echo "--- steps"
+cat "$summary"
+[ -f "$OUT/kv_transfer.json" ] && "$PYTHON" -m bench.kv_headline "$OUT/kv_transfer.json" | tee "$OUT/headline.txt"
