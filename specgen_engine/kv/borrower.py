@@ -96,8 +96,8 @@ class Link:
         if self.chunks:
             raise KvError(f"{self.chunks} chunks still have copies in flight after {timeout_s} s: close the link again")
         try:
-            self._channel.send(wire.Close(self.epoch))
-        except (PeerGone, PeerTimeout):  # dead lender: nothing left to tell it
+            self._request(lambda seq: wire.Close(seq, self.epoch))
+        except (PeerGone, PeerTimeout, LeaseRefused):  # a dead lender, or a lease that had lapsed: nothing left to end
             pass
         self.crash()
 
@@ -185,9 +185,9 @@ class Link:
         message = received.message
         if isinstance(message, wire.Chunks):
             self._map(message, received.fds)
-        elif isinstance(message, wire.Refused):
-            if message.seq == 0:
-                raise LeaseRefused(message.reason)
+        elif isinstance(message, wire.Refused) and message.seq == 0:
+            raise LeaseRefused(message.reason)
+        elif isinstance(message, wire.Refused | wire.Closed):
             self._answers.put(message)
         elif message.epoch != self.epoch:
             raise BadMessage(f"{type(message).__name__} for epoch {message.epoch}, this lease has {self.epoch}")

@@ -286,6 +286,7 @@ class Lender:
         elif isinstance(message, wire.Close):
             self._release(self._book.end(message.epoch))
             connection.epoch = None
+            self._send(connection, wire.Closed(message.seq))
 
     def _claim(self, connection: _Connection, claim: wire.Claim) -> None:
         wanted = {"version": wire.PROTOCOL_VERSION, "backend": self.backend.name, "chunk_bytes": self.chunk_bytes}

@@ -121,13 +121,20 @@ class Renew(Message, frozen=True):
 
 
 class Close(Message, frozen=True):
-    """Borrower: the end of the lease; every chunk is unmapped."""
+    """Borrower: the end of the lease; every chunk is unmapped. Answered by Closed."""
 
+    seq: Whole
     epoch: Whole
 
 
+class Closed(Message, frozen=True):
+    """Lender: the lease is over; the borrower may claim another."""
+
+    seq: Whole
+
+
 FromBorrower = Claim | Grow | Accepted | Returned | QuietReached | Renew | Close
-FromLender = Granted | Refused | Chunks | Revoke | Quiet | Resume
+FromLender = Granted | Refused | Chunks | Closed | Revoke | Quiet | Resume
 AnyMessage = FromBorrower | FromLender
 
 
