@@ -114,7 +114,7 @@ def _redirect(write_end: int) -> None:
     os.dup2(null, 0)
     os.dup2(write_end, 1)
     os.dup2(write_end, 2)
-    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
 
 
 def _close_others(keep: set[int]) -> None:
@@ -135,10 +135,8 @@ def _set_environment(scratch: Path, environment: dict[str, str]) -> None:
 
 
 def _set_limits(limits: EvaluationLimits, cap_memory: bool) -> None:
-    seconds = int(limits.compile_s + limits.time_s + 20 * limits.check_s) * max(1, limits.threads) + 60
-    wanted = {
+    wanted = {  # no RLIMIT_CPU: it makes the process's CPU clock advance by scheduler ticks of 4 ms only
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_FSIZE: 4 << 40,  # regions are sparse; what is written is capped by memory and scratch
         resource.RLIMIT_NOFILE: 4096,
         resource.RLIMIT_NPROC: 4096,
@@ -199,17 +197,34 @@ def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
                 group(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-        spared = {child for root in spare for child in (root, *(p.pid for p in descendants(root)))}
-        doomed = [p for p in descendants(os.getpid()) if p.pid not in spared]
+        doomed = _outside(spare)
         for process in doomed:  # stopped first: a fork bomb must not outrun the killing
             _signal(process, signal.SIGSTOP)
         for process in doomed:
             _signal(process, signal.SIGKILL)
         reap()
-        left = [p.pid for p in descendants(os.getpid()) if p.pid not in spared]
+        left = [process.pid for process in _outside(spare)]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.002)
+
+
+def _outside(spare: set[int]) -> list[psutil.Process]:
+    """This process's descendants that are not in a spared tree; by one listing, since a spared tree may be growing."""
+    parents: dict[int, int] = {}
+    processes = descendants(os.getpid())
+    for process in processes:
+        try:
+            parents[process.pid] = process.ppid()
+        except psutil.Error:
+            parents[process.pid] = 0
+
+    def spared(pid: int) -> bool:
+        while pid and pid not in spare:
+            pid = parents.get(pid, 0)
+        return pid in spare
+
+    return [process for process in processes if not spared(process.pid)]
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_COMPILER = re.compile(r"^(?P<where>[^\s:()]+[:(]\d+[:)]?(?:\d+:?)?)\s*:?\s*(?:fatal\s+)?error\s*:?\s*(?P<what>.+)$", re.M)
+_COMPILER = re.compile(
+    r"^(?P<where>[^\s:()]+[:(]\d+[:)]?(?:\d+:?)?)\s*:?\s*(?:fatal\s+)?error\s*:?\s*(?P<what>.+)$", re.M
+)
 _LINKER = re.compile(r"^.*(undefined reference to|undefined symbol|multiple definition of).*$", re.M)
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]*candidate\.py)", line (?P<line>\d+)', re.M)
 _HINTS = (

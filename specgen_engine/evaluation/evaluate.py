@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -19,10 +20,15 @@ from .timing import Speedup, skips_repeats, speedup
 from .worker import Ended, Worker
 
 TIMING_SLOTS = 2
-BLOCK_NS = 20_000_000
+ACQUITTALS = 4
+CLOCK_SETTLES_S = 0.0003
+BLOCK_NS = 40_000_000
 MAX_REPEATS = 200
 MIN_REPEATS = 8
-UNSEEN_FACTOR, UNSEEN_SLACK_NS = 0.5, 3_000_000
+IDLE_FACTOR, IDLE_SLACK_NS = 3, 10_000_000
+"""Wall time beyond the reference's own share of waiting, at which CPU time is no measure of a candidate's work."""
+UNSEEN_FACTOR, UNSEEN_SLACK_NS = 0.5, 6_000_000
+"""The slack is a scheduler tick: another process's CPU clock is brought up to date when it blocks, else every 4 ms."""
 
 
 class Evaluation:
@@ -38,6 +44,7 @@ class Evaluation:
         self.repeats: list[int] = []
         self.reference: list[int] = []
         self.unseen: list[tuple[int, int]] = []
+        self.idle: list[bool] = []
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
@@ -104,7 +111,7 @@ class Evaluation:
         self._check_slot(self.limits.check_seeds + TIMING_SLOTS, " (on inputs kept back until after timing)")
 
     def _check_slot(self, slot: int, note: str = "") -> None:
-        self.worker.ask(self.child, {"op": "run", "slot": slot, "inputs": self._layout(slot)})
+        self.worker.ask(self.child, {"op": "run", "inputs": self._layout(slot)})
         ran = self.worker.reply(self.child, self.limits.check_s, "running on fresh inputs")
         self._compare(slot, ran, note)
 
@@ -131,40 +138,47 @@ class Evaluation:
         first = self._block(slots)
         self.fresh = first
         self._show(slots[-1])
-        count = max(2, min(MAX_REPEATS, int(BLOCK_NS / max(1.0, sum(first) / len(first)))))
+        count = max(2, min(MAX_REPEATS, int(BLOCK_NS * len(first) / max(sum(first), self.wall_ns / 4, 1))))
         budget = time.monotonic() + self.limits.timing_budget_s
         self.reference.clear()
         self.unseen.clear()
-        while True:
-            sequence = [secrets.choice(slots) for _ in range(count)]
+        self.idle.clear()
+        for block in itertools.count():
+            # Every slot is the last, and shown, at least once: a result kept from other contents must come to light.
+            sequence = [secrets.choice(slots) for _ in range(count - 1 - secrets.randbelow(count // 2))]
+            sequence.append(slots[block % len(slots)])
             self.repeats += self._block(sequence)
             result = speedup(self.reference, self.repeats, seed=len(self.repeats))
-            over = time.monotonic() > budget
             enough = len(self.repeats) >= MIN_REPEATS and result.half_width <= self.limits.precision
-            if over or enough:
+            last = block + 1 >= len(slots) and (enough or time.monotonic() > budget)
+            if last or block < len(slots) or secrets.randbelow(4) == 0:
                 self._show(sequence[-1])
+            if last:
                 break
-            if secrets.randbelow(4) == 0:
-                self._show(sequence[-1])
         self._reject_tricks()
         return result
 
     def _block(self, sequence: list[int]) -> list[int]:
         """The reference, then the candidate, on the same slots; both are also timed from here."""
         spent: list[int] = []
+        walls: list[int] = []
         times: list[list[int]] = []
         for child, doing in ((self.judge, "timing the reference"), (self.child, "timing")):
             runs_code = children.innermost(child.pid, sandbox.around(self.worker.level))
             now = supervisor_clock(self.worker.device, self.limits.threads, runs_code)
-            start = now()
+            start, began = now(), time.perf_counter_ns()
             self.worker.ask(child, {"op": "time", "sequence": sequence})
             left = max(0.1, self.deadline - time.monotonic())
             answer = self.worker.reply(child, left, doing)
+            walls.append(time.perf_counter_ns() - began)
+            time.sleep(CLOCK_SETTLES_S)
             spent.append(now() - start)
             times.append(_times(child, answer, len(sequence), spent[-1]))
         self.reference += times[0]
         around = (spent[0] - sum(times[0]), spent[1] - sum(times[1]))
         self.unseen.append((around[1] - around[0], sum(times[1])))
+        self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])
+        self.wall_ns = walls[1]
         return times[1]
 
     def _show(self, slot: int) -> None:
@@ -173,10 +187,24 @@ class Evaluation:
         self._compare(slot, shown, " (in a timed call)")
 
     def _reject_tricks(self) -> None:
-        if skips_repeats(self.fresh, self.repeats):
+        if skips_repeats(self.fresh, self.repeats) and self._slow_on_unseen_again():
             raise Ended(Status.REJECTED, "it is fast only on inputs that it has seen before")
         if all(extra > UNSEEN_FACTOR * told + UNSEEN_SLACK_NS for extra, told in self.unseen):
             raise Ended(Status.REJECTED, "it reports less time than the supervisor's clock saw")
+        if all(self.idle):
+            raise Ended(Status.REJECTED, "it waits, or lets other processes work, while its own CPU clock stands still")
+
+    def _slow_on_unseen_again(self) -> bool:
+        """Suspected of remembering inputs: a few more sets that it can't know, each called when it is warm."""
+        slots = [self.owed + extra for extra in range(ACQUITTALS)]
+        known = self.limits.check_seeds
+        for slot in slots:
+            self.worker.ask(self.judge, {"op": "prepare", "slot": slot, "seed": secrets.randbits(48)})
+        self.worker.ask(self.child, {"op": "stage", "inputs": {str(slot): self._layout(slot) for slot in slots}})
+        self.worker.reply(self.child, self.limits.check_s, "taking the timing inputs")
+        self.deadline = time.monotonic() + self.limits.time_s
+        fresh = [self._block([known, known, slot])[2] for slot in slots]
+        return skips_repeats(fresh, self.repeats)
 
 
 def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> list[int]:
@@ -186,7 +214,7 @@ def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> l
         not isinstance(times, list)
         or len(times) != count
         or not all(type(value) is int and value > 0 for value in times)
-        or sum(times) > spent_ns * 1.05 + 1_000_000
+        or sum(times) > spent_ns * 1.05 + UNSEEN_SLACK_NS
     ):
         raise Ended(Status.REJECTED, f"forged message: the times of the {child.kind} are impossible")
     return times
@@ -195,7 +223,11 @@ def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> l
 def evaluate(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
     """The message with the verdict. Raises only PoolGone."""
     evaluation = Evaluation(worker, request)
-    verdict: dict[str, object] = {"candidate": evaluation.candidate.hash, "device": worker.device, "sandbox": worker.level}
+    verdict: dict[str, object] = {
+        "candidate": evaluation.candidate.hash,
+        "device": worker.device,
+        "sandbox": worker.level,
+    }
     try:
         result = evaluation.run()
         verdict |= {
@@ -220,9 +252,9 @@ def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
         try:
             if judge.pending:
                 worker.reply(judge, worker.limits.task_s, "loading the reference")
-            for message, fds in (({"op": "begin"}, regions), ({"op": "probe"}, ())):
-                worker.ask(judge, message, fds)
-                answer = worker.reply(judge, worker.limits.task_s, str(message["op"]))
+            for op, fds in (("begin", regions), ("probe", ())):
+                worker.ask(judge, {"op": op}, fds)
+                answer = worker.reply(judge, worker.limits.task_s, op)
             error = str(answer["error"]) or None
         finally:
             for fd in regions:

@@ -14,7 +14,7 @@ import torch
 
 from .base import Task
 from .clock import clock_for
-from .compare import difference
+from .compare import difference, same_bits
 from .modules import TimedCalls, construct, load_module, shares_memory
 from .tensors import LayoutError, map_tensors, read_values, tensors_of, write_values
 from .wire import Channel, clip
@@ -36,6 +36,7 @@ class Judge:
         self.channel, self.task, self.device, self.seed = channel, task, device, seed
         self.slots: dict[int, Slot] = {}
         self.calls: TimedCalls | None = None
+        self.last_result: Any = None
         self.inputs_fd = self.outputs_fd = -1
         self.next_offset = 0
 
@@ -53,7 +54,7 @@ class Judge:
     def begin(self) -> dict[str, object]:
         """A new candidate: fresh regions; construction arguments and weights are laid out for it."""
         self.slots.clear()
-        self.calls = None
+        self.calls = self.last_result = None
         init, end = write_values(self.inputs_fd, self.init_inputs)
         state = dict(self.model.state_dict()) if isinstance(self.model, torch.nn.Module) else {}
         weights, self.next_offset = write_values(self.inputs_fd, state, end)
@@ -72,25 +73,27 @@ class Judge:
         if not outputs:
             raise ValueError("the reference returns no tensor")
         aliases = shares_memory(outputs, tensors_of(given))
-        mutates = difference(given, kept) is not None
+        mutates = not same_bits(given, kept)
         self.slots[slot] = Slot(kept, map_tensors(expected, torch.clone) if aliases else expected, mutates, aliases)
         return {"event": "prepared", "inputs": layout}
 
     def compare(self, slot: int, outputs: Any, inputs: Any, aliases: bool, previous: Any) -> dict[str, object]:
-        """status ok, wrong or rejected, with the reason. previous: (slot, layout) of the call before, read again."""
+        """status ok, wrong or rejected, with the reason. previous: the result before, laid out again."""
         known = self.slots[slot]
         try:
-            wrong = difference(read_values(self.outputs_fd, outputs, self.device), known.expected)
+            result = read_values(self.outputs_fd, outputs, self.device)
+            wrong = difference(result, known.expected)
             if wrong:
                 return _compared("wrong", wrong.reason)
-            if not known.mutates and difference(read_values(self.outputs_fd, inputs, self.device), known.inputs):
-                return _compared("rejected", "it changes its inputs")
             if aliases and not known.aliases:
                 return _compared("rejected", "its output shares memory with an input")
-            if previous is not None:
-                before = self.slots[int(previous[0])].expected
-                if difference(read_values(self.outputs_fd, previous[1], self.device), before):
-                    return _compared("rejected", "a result is overwritten by the next call")
+            if not known.mutates and not same_bits(read_values(self.outputs_fd, inputs, self.device), known.inputs):
+                return _compared("rejected", "it changes its inputs")
+            if previous is not None and not same_bits(
+                read_values(self.outputs_fd, previous, self.device), self.last_result
+            ):
+                return _compared("rejected", "a result is overwritten by the next call")
+            self.last_result = result
         except LayoutError as error:
             return _compared("rejected", f"forged result: {error}")
         return _compared("ok", "")
@@ -100,6 +103,7 @@ class Judge:
         if self.calls is None:
             self.calls = TimedCalls(self.model, {slot: self.slots[slot].inputs for slot in set(sequence)}, self.clock)
             self.calls.run(sequence[:1], self.model)
+        self.calls.sources.update({slot: self.slots[slot].inputs for slot in sequence})
         times, _ = self.calls.run(sequence, self.model)
         return {"event": "timed", "ns": times}
 

@@ -17,7 +17,7 @@ class EvaluationLimits:
     time_s: the whole timing stage.  timing_budget_s: how long timing repeats when its interval stays wide.
     precision: half width of the 95 % interval, as a share of the speed-up, at which timing stops early.
     output_bytes: what a candidate may print.  source_bytes: how long its text may be.
-    check_seeds: seeds checked before timing; one more, hidden, is checked after it.
+    check_seeds: seeds checked before timing; two more are checked in timed calls and one, hidden, after them.
     threads: torch and OpenMP threads of reference and candidate on a CPU.
     processes: processes a candidate may have at once (compilers among them).
     sandbox: off, prefer (the best level this machine offers) or require (refuse to start without kernel isolation).
@@ -34,7 +34,7 @@ class EvaluationLimits:
     memory_bytes: int = 8 << 30
     output_bytes: int = 1 << 20
     source_bytes: int = 1 << 20
-    check_seeds: int = 3
+    check_seeds: int = 2
     threads: int = 1
     processes: int = 64
     sandbox: str = "prefer"

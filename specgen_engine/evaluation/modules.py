@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .clock import Clock
-from .tensors import map_tensors
+from .tensors import map_tensors, tensors_of
 
 
 def load_module(source: str, name: str, folder: Path) -> ModuleType:
@@ -20,7 +20,8 @@ def load_module(source: str, name: str, folder: Path) -> ModuleType:
     path = folder / f"{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -40,7 +41,7 @@ class TimedCalls:
     def __init__(self, model: Any, sources: dict[int, list[Any]], clock: Clock) -> None:
         self.model, self.sources, self.clock = model, sources, clock
         self.working = map_tensors(next(iter(sources.values())), torch.clone)
-        self._flat = _flatten(self.working)
+        self._flat = tensors_of(self.working)
 
     def run(self, sequence: Sequence[int], call: Any) -> tuple[list[int], Any]:
         """Times of call(*inputs), one for each slot named in sequence, in ns; and the last result."""
@@ -48,18 +49,12 @@ class TimedCalls:
         result: Any = None
         for slot in sequence:
             result = None
-            for target, origin in zip(self._flat, _flatten(self.sources[slot]), strict=True):
+            for target, origin in zip(self._flat, tensors_of(self.sources[slot]), strict=True):
                 target.copy_(origin)
             self.clock.settle()
             elapsed, result = self.clock.time(lambda: call(*self.working))
             times.append(elapsed)
         return times, result
-
-
-def _flatten(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(value, lambda tensor: found.append(tensor) or tensor)
-    return found
 
 
 def shares_memory(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:

@@ -45,11 +45,9 @@ def static_check(source: str, source_bytes: int, *, entry: str = "ModelNew") -> 
 
 def _banned(tree: ast.Module) -> str | None:
     for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         for name in names:
             if name.split(".")[0] in BANNED_IMPORTS:
                 return f"line {node.lineno}: import of {name} is not allowed in a candidate"

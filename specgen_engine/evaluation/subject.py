@@ -29,7 +29,7 @@ class Subject:
     def __init__(self, channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int]) -> None:
         self.channel, self.candidate, self.device = channel, candidate, device
         self.inputs_fd, self.outputs_fd = regions
-        self.previous: tuple[int, Any] | None = None
+        self.previous: Any = None
         self.calls: TimedCalls | None = None
 
     def load(self) -> None:
@@ -47,7 +47,7 @@ class Subject:
                 self.model.load_state_dict(given)
         return {"event": "constructed"}
 
-    def run(self, slot: int, inputs: Any) -> dict[str, object]:
+    def run(self, inputs: Any) -> dict[str, object]:
         """One call on inputs not seen before; results, inputs as they are now and the former results are laid out."""
         arguments = read_values(self.inputs_fd, inputs, self.device)
         self.clock.settle()
@@ -57,17 +57,17 @@ class Subject:
         aliases = shares_memory(tensors_of(result), tensors_of(arguments))
         outputs, end = write_values(self.outputs_fd, result)
         after, end = write_values(self.outputs_fd, arguments, end)
-        former: list[Any] | None = None
-        if self.previous is not None:
-            former = [self.previous[0], write_values(self.outputs_fd, self.previous[1], end)[0]]
-        self.previous = (slot, result)
+        former = None if self.previous is None else write_values(self.outputs_fd, self.previous, end)[0]
+        self.previous = result
         return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": former}
 
     def stage(self, layouts: dict[str, Any]) -> dict[str, object]:
         """Take over the timing inputs; nothing is called yet."""
-        self.previous = None
+        self.previous = None  # the judge forgets it too when a timed call is compared
         sources = {int(slot): read_values(self.inputs_fd, layout, self.device) for slot, layout in layouts.items()}
-        self.calls = TimedCalls(self.model, sources, self.clock)
+        if self.calls is None:
+            self.calls = TimedCalls(self.model, sources, self.clock)
+        self.calls.sources.update(sources)
         return {"event": "staged"}
 
     def time(self, sequence: list[int]) -> dict[str, object]:
@@ -89,7 +89,7 @@ class Subject:
         if op == "construct":
             return self.construct(message["init"], message["weights"], message["seed"])
         if op == "run":
-            return self.run(message["slot"], message["inputs"])
+            return self.run(message["inputs"])
         if op == "stage":
             return self.stage(message["inputs"])
         if op == "time":
@@ -106,9 +106,7 @@ def _require_plain(result: Any) -> None:
     map_tensors(result, check)
 
 
-def main(
-    channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int], source_bytes: int
-) -> None:
+def main(channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int], source_bytes: int) -> None:
     """Serve until the supervisor closes the channel or the candidate fails."""
     send, receive = channel.send, channel.recv
     fault = static_check(candidate.source, source_bytes)

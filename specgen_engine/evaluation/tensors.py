@@ -69,7 +69,7 @@ def read_values(fd: int, layout: Any, device: str = "cpu") -> Any:
     """Fresh private copies of the values of a layout. Raises LayoutError when it is malformed."""
     try:
         return _read(fd, layout, device)
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, OSError) as error:
         raise LayoutError(f"malformed layout: {error}") from error
 
 
@@ -130,8 +130,6 @@ def _strides(tensor: torch.Tensor) -> list[int]:
 
 def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 
 
 class _mapped:

@@ -34,7 +34,13 @@ def speedup(reference_ns: list[int], candidate_ns: list[int], seed: int = 0) -> 
     medians = [np.median(rng.choice(times, (RESAMPLES, times.size)), axis=1) for times in (ref, cand)]
     low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
     ratio = float(np.median(ref) / np.median(cand))
-    return Speedup(ratio, min(float(low), ratio), max(float(high), ratio), float(np.median(ref)) / 1e6, float(np.median(cand)) / 1e6)
+    return Speedup(
+        ratio,
+        min(float(low), ratio),
+        max(float(high), ratio),
+        float(np.median(ref)) / 1e6,
+        float(np.median(cand)) / 1e6,
+    )
 
 
 def skips_repeats(fresh_ns: list[int], repeat_ns: list[int]) -> bool:

@@ -279,7 +279,9 @@ class Worker:
                 while self.link.requests:
                     request = self.link.requests.popleft()
                     self.job = request["job"]
-                    self.link.send(evaluate(self, request) if request["op"] == "evaluate" else check_task(self, request))
+                    self.link.send(
+                        evaluate(self, request) if request["op"] == "evaluate" else check_task(self, request)
+                    )
                     self.link.cancelled.discard(self.job)
                     self.job = ""
                 self.pump(5.0)
@@ -303,4 +305,6 @@ def candidate_fault(kind: str, line: str, text: str, stage: str) -> Ended:
 
 
 def _threads(count: int) -> dict[str, str]:
-    return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} | {"MAX_JOBS": "2"}
+    return {name: str(count) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} | {
+        "MAX_JOBS": "2"
+    }

@@ -20,7 +20,7 @@ def main() -> None:
     children.become_subreaper()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import torch
-    import torch.utils.cpp_extension  # noqa: F401
+    import torch.utils.cpp_extension
 
     from . import compare, evaluate, judge, subject, timing  # noqa: F401  (children must not import them from disk)
     from .worker import Link, Worker

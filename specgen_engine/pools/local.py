@@ -7,8 +7,8 @@ import heapq
 import itertools
 import json
 import os
-import socket
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -146,8 +146,14 @@ class _Slot:
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
         self.scratch = Path(tempfile.mkdtemp(prefix="specgen-worker-"))
         limits = json.dumps(self.pool.limits.to_dict())
-        command = [sys.executable, "-m", "specgen_engine.evaluation.worker_main", str(theirs.fileno()), self.pool.device]
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        command = [
+            sys.executable,
+            "-m",
+            "specgen_engine.evaluation.worker_main",
+            str(theirs.fileno()),
+            self.pool.device,
+        ]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         return subprocess.Popen(
             [*command, str(self.pool.cache), str(self.scratch), limits],
             pass_fds=(theirs.fileno(),),

@@ -30,7 +30,7 @@ def get_init_inputs():
     "softmax",
 )
 LIMITS = EvaluationLimits(
-    task_s=20, compile_s=60, check_s=3, time_s=10, timing_budget_s=0.2, memory_bytes=1 << 30, processes=24
+    task_s=20, compile_s=60, check_s=3, time_s=10, timing_budget_s=0.2, memory_bytes=3 << 30, processes=24
 )
 Judge = Callable[..., Verdict]
 

@@ -21,7 +21,11 @@ def test_correct_with_the_reference_s_weights(judge) -> None:
 
 
 def test_a_faster_kernel_is_faster(judge) -> None:
-    slow = Task(TASK.source.replace("return torch.softmax", "for _ in range(8): torch.softmax(x, -1)\n        return torch.softmax"))
+    slow = Task(
+        TASK.source.replace(
+            "return torch.softmax", "for _ in range(8): torch.softmax(x, -1)\n        return torch.softmax"
+        )
+    )
     assert judge(module(), slow).speedup > 3
 
 
@@ -34,7 +38,7 @@ FAULTS = {
     "init raises": (module(init="raise ValueError('bad width')"), Status.RUNTIME_ERROR, "bad width"),
     "forward raises": (module("raise KeyError('gone')"), Status.RUNTIME_ERROR, "gone"),
     "sys.exit": (module("raise SystemExit(0)"), Status.RUNTIME_ERROR, "SystemExit"),
-    "wrong": (module("return torch.softmax(x, -1) * self.weight * 1.01"), Status.WRONG, "100 %"),
+    "wrong": (module("return torch.softmax(x, -1) * self.weight * 1.01"), Status.WRONG, "% of the elements"),
     "wrong shape": (module("return torch.softmax(x, -1)[:1]"), Status.WRONG, "shape"),
     "wrong dtype": (module("return (torch.softmax(x, -1) * self.weight).double()"), Status.WRONG, "dtype"),
     "nan": (module("return torch.softmax(x, -1) * self.weight + float('nan')"), Status.WRONG, "NaN"),
@@ -48,7 +52,7 @@ FAULTS = {
     "segfault": (module("import ctypes; ctypes.string_at(0)"), Status.CRASH, "SIGSEGV"),
     "abort": (module("import os; os.abort()"), Status.CRASH, "SIGABRT"),
     "_exit(0)": (module("import os; os._exit(0)"), Status.CRASH, "exit code 0"),
-    "too much memory": (module("return torch.ones(1 << 31)"), Status.RUNTIME_ERROR, "memory"),
+    "too much memory": (module("return torch.ones(1 << 32)"), Status.RUNTIME_ERROR, "memory"),
     "endless output": (module("while True: print('x' * 1000)"), Status.RUNTIME_ERROR, "printed more"),
     "fork bomb": (module("import os\nwhile True: os.fork()"), None, None),
 }  # fmt: skip
@@ -76,30 +80,18 @@ def test_the_pool_lives_on_and_nothing_is_left(judge, pool_thread) -> None:
     assert len(below) <= 3, below  # the judge and what its sandbox puts around it
 
 
-def test_nested_forks_and_sessions_are_ended(judge, tmp_path) -> None:
-    import psutil
-
-    body = """
-import os, time
-for _ in range(3):
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            os.setsid()
-            time.sleep(3600.25)
-        time.sleep(3600.25)
-return torch.softmax(x, -1) * self.weight
-"""
-    before = {process.pid for process in psutil.process_iter()}
-    judge(module(body))
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "worker_main" in str(p.info["cmdline"])]
-    assert not left
+def test_time_off_the_cpu_clock_is_no_speed(judge) -> None:
+    loops = "for _ in range(40): torch.softmax(x, -1)\n        return torch.softmax"
+    slow = Task(TASK.source.replace("return torch.softmax", loops))
+    verdict = judge(module("import time; time.sleep(0.03)\nreturn torch.softmax(x, -1) * self.weight"), slow)
+    assert verdict.status is Status.REJECTED, verdict
+    assert "clock stands still" in verdict.reason
 
 
 def test_compile_error_digest(judge) -> None:
     top = """
 from torch.utils.cpp_extension import load_inline
-load_inline(name="broken", cpp_sources="int f() { return missing_name; }", functions=["f"], with_pytorch_error_handling=False)
+load_inline(name="broken", cpp_sources="int f() { return missing_name; }", functions=["f"])
 """
     verdict = judge(module(top=top))
     assert verdict.status is Status.COMPILE_ERROR, verdict
