@@ -21,6 +21,9 @@ from specgen_engine.pools.local import LocalPool
 from .base import Candidate, Task, Verdict
 from .limits import EvaluationLimits
 
+TABLE_COLUMNS = 160
+"""Width of the table where stderr is a file or a pipe."""
+
 
 class BadInput(SpecGenError):
     """What was given can't be evaluated; nothing ran."""
@@ -50,6 +53,8 @@ def evaluate(
     reference = Task(_read(task, limits), name=task.parent.name if task.name == "task.py" else task.stem)
     named = [(path, Candidate(_read_candidate(path, limits))) for path in candidates]
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=TABLE_COLUMNS)
     verdicts, sandbox = asyncio.run(_run(reference, named, device, workers, limits, console))
     console.print(_table(reference, named, verdicts, device, sandbox))
     if json is not None:

@@ -16,7 +16,7 @@ _CHUNK = 1 << 24
 
 TOLERANCE = {
     torch.float64: 1e-8,  # sums in another order; far above 2**-52 times any sensible length
-    torch.float32: 1e-4,  # sums in another order and fast exp / rsqrt; below TF32's 2**-11, which is refused
+    torch.float32: 1e-4,  # sums in another order and fast exp / rsqrt; below TF32's 2**-11
     torch.float16: 4e-3,  # 4 units of 2**-10: one rounding of each of a few fused steps
     torch.bfloat16: 2e-2,  # 2.5 units of 2**-7: the same for 8 bits of mantissa
 }

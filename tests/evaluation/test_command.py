@@ -22,7 +22,7 @@ def _specgen(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def task(tmp_path: Path) -> Path:
     path = tmp_path / "task.py"
     path.write_text(TASK.source)

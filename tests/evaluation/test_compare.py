@@ -114,9 +114,13 @@ def test_static_faults() -> None:
     assert static_check("from x import Y as ModelNew", 1 << 20) is None
     assert static_check("ModelNew = make()", 1 << 20) is None
     cases = {
-        "": Status.COMPILE_ERROR, "import socket\nclass ModelNew: pass": Status.REJECTED,
-        "(" * 5000: Status.COMPILE_ERROR, "class ModelNew: pass\0": Status.REJECTED, "\ud800": Status.REJECTED, "x" * 50: Status.COMPILE_ERROR,
-    }  # fmt: skip
+        "": Status.COMPILE_ERROR,
+        "import socket\nclass ModelNew: pass": Status.REJECTED,
+        "(" * 5000: Status.COMPILE_ERROR,
+        "class ModelNew: pass\0": Status.REJECTED,
+        "\ud800": Status.REJECTED,
+        "x" * 50: Status.COMPILE_ERROR,
+    }
     for source, status in cases.items():
         fault = static_check(source, 1 << 20)
         assert fault is not None

@@ -91,7 +91,7 @@ def test_time_off_the_cpu_clock_is_no_speed(judge) -> None:
 def test_compile_error_digest(judge) -> None:
     top = """
 from torch.utils.cpp_extension import load_inline
-load_inline(name="broken", cpp_sources="int f() { return missing_name; }", functions=["f"])
+load_inline(name="broken", cpp_sources="int f() { return missing_name; }", functions=["f"], no_implicit_headers=True)
 """
     verdict = judge(module(top=top))
     assert verdict.status is Status.COMPILE_ERROR, verdict
