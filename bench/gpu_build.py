@@ -27,7 +27,9 @@ def python_headers() -> Path:
     """Raises ToolchainError when this Python came without its headers."""
     folder = Path(sysconfig.get_paths()["include"])
     if not (folder / "Python.h").is_file():
-        raise ToolchainError(f"{folder} has no Python.h: install this Python's development headers, or carry a built _kv")
+        raise ToolchainError(
+            f"{folder} has no Python.h: install this Python's development headers, or carry a built _kv"
+        )
     return folder
 
 
@@ -67,7 +69,9 @@ def build(includes: list[Path], output: Path, jobs: int) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--include", type=Path, nargs="*", default=[])
     parser.add_argument("--output", type=Path, default=ROOT / "specgen_engine")
     parser.add_argument("--jobs", type=int, default=8)

@@ -2,8 +2,8 @@
 
     python -m bench.kv_failures --json F [--backend loopback]
 
-- lender killed (SIGKILL) while copies are in flight: the borrower finishes, its data are right, and the memory returns once
-  it has unmapped;
+- lender killed (SIGKILL) while copies are in flight: the borrower finishes, its data are right, and the memory returns
+  once it has unmapped;
 - a busy GiB is revoked: bytes back within the bound, while copies to another lender go on.
 Exit status: 0; 1 when a promise was broken; 2 when the machine has too few GPUs.
 """
@@ -94,10 +94,16 @@ def revoked_while_busy(device: str, batch: int, chunk_mib: int) -> dict[str, Any
     chunks = batch * 2 // (chunk_mib * MIB) + 4
     stop = threading.Event()
     done = {"busy": 0, "other": 0}
-    with LenderProcess(backend, 1, chunk_mib, chunks) as lender, LenderProcess(backend, 1, chunk_mib, chunks) as other_lender:
+    with (
+        LenderProcess(backend, 1, chunk_mib, chunks) as lender,
+        LenderProcess(backend, 1, chunk_mib, chunks) as other_lender,
+    ):
         rig = Rig(device, lender, chunk_mib, SHAPE, batch, seed=2)
         other = Rig(device, other_lender, chunk_mib, SHAPE, batch // 8, seed=3)
-        workers = [threading.Thread(target=_copy_until, args=(r, stop, done, key)) for r, key in ((rig, "busy"), (other, "other"))]
+        workers = [
+            threading.Thread(target=_copy_until, args=(r, stop, done, key))
+            for r, key in ((rig, "busy"), (other, "other"))
+        ]
         for worker in workers:
             worker.start()
         time.sleep(0.3)
@@ -150,7 +156,9 @@ def _copy_until(rig: Rig, stop: threading.Event, done: dict[str, int], key: str)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.kv_failures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kv_failures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--backend", choices=("cuda", "loopback"), default="cuda")
     parser.add_argument("--mib", type=int, help="bytes lent in each scenario (default 1024 on GPUs, 16 in loopback)")

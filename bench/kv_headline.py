@@ -26,7 +26,10 @@ def ceilings_line(group: list[dict[str, Any]]) -> str:
     for row in group:
         if row["method"] in OURS and row["of_ceiling"]:
             best[row["method"], row["sms"]] = row
-    return "  ".join(f"{m[5:]}@{s}: {r['gbps']:.0f} ({r['of_ceiling'] * 100:.0f} %)" for (m, s), r in sorted(best.items(), key=lambda e: e[0][::-1]))
+    return "  ".join(
+        f"{m[5:]}@{s}: {r['gbps']:.0f} ({r['of_ceiling'] * 100:.0f} %)"
+        for (m, s), r in sorted(best.items(), key=lambda e: e[0][::-1])
+    )
 
 
 def fastest_other(group: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -51,12 +54,22 @@ def main(argv: list[str]) -> int:
     for (shape, chunk, size, way), group in by_size(rows).items():
         own, other = fastest_other(group)
         if own and other and size <= 64 * MIB and other["us"] < own["us"]:
-            print(f"beaten: {way} {shape} {chunk} B, {size / MIB:.2f} MiB: {other['method']} {other['us']:.1f} us, ours {own['us']:.1f} us")
+            print(
+                f"beaten: {way} {shape} {chunk} B, {size / MIB:.2f} MiB: "
+                f"{other['method']} {other['us']:.1f} us, ours {own['us']:.1f} us"
+            )
     for row in rows:
         if row["shape"] == "single" and row["method"] in OURS:
-            print(f"64 x 32 KiB {row['direction']} {row['method']} {row['sms']} SMs: p50 {row['p50_us']:.1f} us p99 {row['p99_us']:.1f} us")
+            print(
+                f"64 x 32 KiB {row['direction']} {row['method']} {row['sms']} SMs: "
+                f"p50 {row['p50_us']:.1f} us p99 {row['p99_us']:.1f} us"
+            )
         if row["decode_slowdown"] is not None:
-            print(f"decode {row['decode_slowdown'] * 100:+.1f} % {row['direction']} {row['chunk_bytes']} B {row['sms']} SMs duty {row['duty']}: {row['gbps']:.0f} GB/s")
+            print(
+                f"decode {row['decode_slowdown'] * 100:+.1f} % {row['direction']} {row['chunk_bytes']} B "
+                f"{row['sms']} SMs "
+                f"duty {row['duty']}: {row['gbps']:.0f} GB/s"
+            )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The ways to move pages that bench.kv_transfer compares. Each takes a rig and page tables and enqueues one transfer."""
+"""The ways to move pages that bench.kv_transfer compares; each takes a rig and enqueues a transfer of page tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def config_for(method: str, rig: Rig, direction: str, pages: int, sms: int) -> A
     if method == "vector":
         return _kv.CopyConfig("vector", auto.sms, 32, 0, 0)
     if method == "bulk" and auto.method != "bulk":
-        return _kv.CopyConfig("bulk", auto.sms, 4, 6, max(layout.slot_bytes, 8192 // layout.slot_bytes * layout.slot_bytes))
+        return _kv.CopyConfig(
+            "bulk", auto.sms, 4, 6, max(layout.slot_bytes, 8192 // layout.slot_bytes * layout.slot_bytes)
+        )
     return auto
 
 
@@ -41,7 +43,7 @@ def ours(rig: Rig, direction: str, config: Any, lane: int) -> Move:
     way = direction_of(direction)
     if not rig.on_gpu:
         return lambda tables, stream: _loopback(rig, way, tables)
-    return lambda tables, stream: rig.arena.copier.launch(way, tables.addresses(), config, stream, lane)  # type: ignore[attr-defined]
+    return lambda tables, stream: rig.copier.launch(way, tables.addresses(), config, stream, lane)
 
 
 def _loopback(rig: Rig, way: Any, tables: Tables) -> None:
@@ -56,8 +58,8 @@ def _loopback(rig: Rig, way: Any, tables: Tables) -> None:
 
 def copy_engine(rig: Rig, direction: str, bytes_: int) -> Move:
     """Contiguous, the ceiling: the pool's first bytes and the arena's."""
-    ends = (rig.base, rig.pool.data_ptr()) if direction == "push" else (rig.pool.data_ptr(), rig.base)
-    return lambda tables, stream: _kv.copy_contiguous(*ends, bytes_, stream)
+    target, source = (rig.base, rig.pool.data_ptr()) if direction == "push" else (rig.pool.data_ptr(), rig.base)
+    return lambda tables, stream: _kv.copy_contiguous(target, source, bytes_, stream)
 
 
 def copy_batch(rig: Rig, direction: str, tables_list: list[Tables]) -> Move:
@@ -88,7 +90,9 @@ def torch_index(rig: Rig, direction: str) -> Move:
     """Advanced indexing, a gather and a scatter a plane, on the arena as a tensor of the borrower's device."""
     if rig.on_gpu:
         if importlib.util.find_spec("cupy") is None:
-            raise NotHere("cupy isn't installed: torch takes no tensor of peer memory mapped for this device without it")
+            raise NotHere(
+                "cupy isn't installed: torch takes no tensor of peer memory mapped for this device without it"
+            )
         import cupy
 
         memory = cupy.cuda.UnownedMemory(rig.base, rig.arena_bytes, rig, rig.device.index)
@@ -138,17 +142,23 @@ def load_sgl_kernel(library: Path | None) -> None:
 
 
 def sgl_kvcacheio(rig: Rig, direction: str, quota: int, library: Path | None) -> Move:
-    """SGLang's HiCache kernel for all layers, layer-first on both sides, on the arena's addresses as one run of pages."""
+    """SGLang's HiCache kernel for all layers, layer-first on both sides, the arena as one run of pages."""
     if len(set(rig.shape.planes)) != 1:
         raise NotHere("the kernel moves planes of one size")
     load_sgl_kernel(library)
     size = rig.shape.planes[0]
     pool = torch.tensor([plane.data_ptr() for plane in rig.planes], dtype=torch.uint64, device=rig.device)
-    arena = torch.tensor([rig.base + i * rig.pages * size for i in range(len(rig.planes))], dtype=torch.uint64, device=rig.device)
+    arena = torch.tensor(
+        [rig.base + i * rig.pages * size for i in range(len(rig.planes))], dtype=torch.uint64, device=rig.device
+    )
     source, target = (pool, arena) if direction == "push" else (arena, pool)
 
     def move(tables: Tables, stream: int) -> None:
-        ends = (tables.device_pages, tables.arena_pages) if direction == "push" else (tables.arena_pages, tables.device_pages)
+        ends = (
+            (tables.device_pages, tables.arena_pages)
+            if direction == "push"
+            else (tables.arena_pages, tables.device_pages)
+        )
         torch.ops.sgl_kernel.transfer_kv_all_layer_mla.default(source, target, *ends, size, len(rig.planes), quota, 32)
 
     return move
@@ -158,7 +168,9 @@ def verify_sgl(rig: Rig, direction: str, move: Move, tables: Tables) -> bool:
     """As `Rig.verify_*`, for the arena as one layer-first run of pages."""
     rig.pool.add_(1)
     arena, pool = rig.snapshot(), rig.pool.clone()
-    flat = [arena[i * rig.pages * s : (i + 1) * rig.pages * s].view(rig.pages, s) for i, s in enumerate(rig.shape.planes)]
+    flat = [
+        arena[i * rig.pages * s : (i + 1) * rig.pages * s].view(rig.pages, s) for i, s in enumerate(rig.shape.planes)
+    ]
     for view, plane in zip(flat, rig._split(pool), strict=True):
         if direction == "push":
             view[tables.arena_pages] = plane[tables.device_pages]

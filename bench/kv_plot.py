@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-METHODS = ("copy-engine", "ours-auto", "ours-tuned", "ours-vector", "copy-batch", "torch-index", "sgl-kvcacheio/q16", "host-pinned")
+METHODS = (
+    "copy-engine",
+    "ours-auto",
+    "ours-tuned",
+    "ours-vector",
+    "copy-batch",
+    "torch-index",
+    "sgl-kvcacheio/q16",
+    "host-pinned",
+)
 BIG = (192 * MIB, 320 * MIB)
 
 
@@ -27,8 +36,16 @@ def _panels(rows: list[dict[str, Any]], direction: str) -> list[tuple[str, str, 
     at_16 = [row for row in sweep if row["sms"] in (None, 16)]
     two_kib = [row for row in at_16 if row["chunk_bytes"] == 2048]
     return [
-        (f"{direction}, 256 MiB, 16 SMs", "chunk_bytes", _curve([r for r in big if r["sms"] in (None, 16)], "chunk_bytes")),
-        (f"{direction}, 256 MiB, chunks of 2 KiB", "sms", _curve([r for r in big if r["sms"]], "sms", chunk_bytes=2048)),
+        (
+            f"{direction}, 256 MiB, 16 SMs",
+            "chunk_bytes",
+            _curve([r for r in big if r["sms"] in (None, 16)], "chunk_bytes"),
+        ),
+        (
+            f"{direction}, 256 MiB, chunks of 2 KiB",
+            "sms",
+            _curve([r for r in big if r["sms"]], "sms", chunk_bytes=2048),
+        ),
         (f"{direction}, chunks of 2 KiB, 16 SMs", "bytes", _curve(two_kib, "bytes")),
     ]
 
@@ -57,7 +74,9 @@ def plot_report(source: Path, target: Path) -> int:
             if curves:
                 axes.legend(fontsize=7)
     machine = report["machine"]
-    figure.suptitle(f"{machine['gpus']} x {machine['gpu'] or machine['cpu']}, driver {machine['driver']}, {machine['date']}")
+    figure.suptitle(
+        f"{machine['gpus']} x {machine['gpu'] or machine['cpu']}, driver {machine['driver']}, {machine['date']}"
+    )
     partial = target.with_name(f".{target.name}.partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(target)

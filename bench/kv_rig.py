@@ -30,7 +30,7 @@ SPARE = 1.25  # arena and pool hold this many times the largest batch, so that r
 
 
 class Tables(NamedTuple):
-    """Page tables on the device: int64 [n] each (generations are uint64 bits), flags int32 [n]; `host` for the books."""
+    """Page tables on the device: int64 [n] each (generations are uint64 bits), flags int32 [n]."""
 
     device_pages: torch.Tensor
     arena_pages: torch.Tensor
@@ -41,8 +41,8 @@ class Tables(NamedTuple):
         return self.device_pages.numel()
 
     def addresses(self) -> Any:
-        pointers = [tensor.data_ptr() for tensor in self]
-        return _kv.DeviceTables(*pointers, pages=len(self), index_stride=1)
+        pages, arena, generations, flags = (tensor.data_ptr() for tensor in self)
+        return _kv.DeviceTables(pages, arena, generations, flags, pages=len(self), index_stride=1)
 
 
 class LenderProcess:
@@ -50,8 +50,25 @@ class LenderProcess:
 
     def __init__(self, backend: str, device: int, chunk_mib: int, chunks: int, lease_s: float = 60.0) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="specgen-kv-")
-        command = [sys.executable, "-m", "specgen_engine.kv", "--directory", f"{self._directory.name}/s", "--backend", backend]
-        command += ["--device", str(device), "--chunk-mib", str(chunk_mib), "--chunks", str(chunks), "--lease-s", str(lease_s)]
+        command = [
+            sys.executable,
+            "-m",
+            "specgen_engine.kv",
+            "--directory",
+            f"{self._directory.name}/s",
+            "--backend",
+            backend,
+        ]
+        command += [
+            "--device",
+            str(device),
+            "--chunk-mib",
+            str(chunk_mib),
+            "--chunks",
+            str(chunks),
+            "--lease-s",
+            str(lease_s),
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         self.path = Path(self._read()["ready"])
 
@@ -82,7 +99,9 @@ class LenderProcess:
     def __enter__(self) -> LenderProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -95,7 +114,16 @@ class Rig:
         batch_bytes: the largest batch the rig will move.
     """
 
-    def __init__(self, device: str, lender: LenderProcess, chunk_mib: int, shape: Shape, batch_bytes: int, seed: int, segment_bytes: int = 8192) -> None:
+    def __init__(
+        self,
+        device: str,
+        lender: LenderProcess,
+        chunk_mib: int,
+        shape: Shape,
+        batch_bytes: int,
+        seed: int,
+        segment_bytes: int = 8192,
+    ) -> None:
         self.shape = shape
         self.device = torch.device(device)
         self.chunk_bytes = chunk_mib * MIB
@@ -120,6 +148,11 @@ class Rig:
         return self.device.type == "cuda"
 
     @property
+    def copier(self) -> Any:
+        """The arena's copier with what its own kind offers beyond the contract (`launch` on a GPU)."""
+        return self.arena.copier
+
+    @property
     def base(self) -> int:
         return self.arena.space.base
 
@@ -133,8 +166,10 @@ class Rig:
         at = self._random.permutation(share)[:pages] + part * share
         where = self._random.permutation(share)[:pages] + part * share
         generations = self.refs.generations[where].view(np.int64)
-        columns = [torch.from_numpy(column).to(self.device) for column in (at, self.refs.pages[where], generations)]
-        return Tables(*columns, flags=torch.zeros(pages, dtype=torch.int32, device=self.device))
+        at_device, at_arena, tags = [
+            torch.from_numpy(column).to(self.device) for column in (at, self.refs.pages[where], generations)
+        ]
+        return Tables(at_device, at_arena, tags, torch.zeros(pages, dtype=torch.int32, device=self.device))
 
     def snapshot(self) -> torch.Tensor:
         """A copy of the whole arena on the borrower's device."""
@@ -161,7 +196,9 @@ class Rig:
         layout = self.arena.layout
         words = arena.view(torch.int64)
         return words.as_strided(
-            (arena.numel() // self.chunk_bytes, layout.pages_per_chunk), (self.chunk_bytes // 8, 1), layout.tag_offset // 8
+            (arena.numel() // self.chunk_bytes, layout.pages_per_chunk),
+            (self.chunk_bytes // 8, 1),
+            layout.tag_offset // 8,
         )
 
     def verify_push(self, push: Callable[[Tables], None], tables: Tables, tagged: bool) -> bool:
@@ -208,4 +245,3 @@ class Rig:
             planes.append(flat[at : at + self.pages * size].view(self.pages, size))
             at += self.pages * size
         return planes
-

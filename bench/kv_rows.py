@@ -56,7 +56,9 @@ class RowMaker:
         if rig.on_gpu and rig.shape.name == "sweep" and rig.shape.chunk_bytes in DECODE_CHUNKS:
             yield from self._decode_rows(rig)
 
-    def _row(self, rig: Rig, case: Case, method: str, direction: str, timing: Timing | None, **more: Any) -> dict[str, Any]:
+    def _row(
+        self, rig: Rig, case: Case, method: str, direction: str, timing: Timing | None, **more: Any
+    ) -> dict[str, Any]:
         moved = case.pages * rig.shape.page_bytes * (2 if direction == "both" else 1)
         row: dict[str, Any] = {
             "method": method,
@@ -87,7 +89,9 @@ class RowMaker:
         for direction in (*DIRECTIONS, "both"):
             jobs = [Job(moves[way], sets) for way in (DIRECTIONS if direction == "both" else (direction,))]
             timing = measure(rig, jobs)
-            row = self._row(rig, case, "copy-engine", direction, timing, verified=self._contiguous_right(rig, direction, size))
+            row = self._row(
+                rig, case, "copy-engine", direction, timing, verified=self._contiguous_right(rig, direction, size)
+            )
             self._ceilings[direction, size] = row["gbps"]
             yield row | {"of_ceiling": 1.0}
 
@@ -115,7 +119,9 @@ class RowMaker:
             config = _kv.CopyConfig(tuned.method, case.sms, tuned.warps, tuned.stages, tuned.stage_bytes)
             yield self._ours_row(rig, case, "ours-tuned", direction, sets, config)
 
-    def _ours_row(self, rig: Rig, case: Case, method: str, direction: str, sets: list[Tables], config: Any) -> dict[str, Any]:
+    def _ours_row(
+        self, rig: Rig, case: Case, method: str, direction: str, sets: list[Tables], config: Any
+    ) -> dict[str, Any]:
         move = methods.ours(rig, direction, config, lane=1)
         # An import can only find the tags right once the pages were exported.
         self._export_first(rig, sets)
@@ -144,7 +150,11 @@ class RowMaker:
             move = make()
         except NotHere as error:
             return self._row(rig, case, name, direction, None, skipped=str(error))
-        verified = self._pinned_right(rig, case) if name == "host-pinned" else self._verify(rig, direction, move, sets[0], tagged=False)
+        verified = (
+            self._pinned_right(rig, case)
+            if name == "host-pinned"
+            else self._verify(rig, direction, move, sets[0], tagged=False)
+        )
         return self._row(rig, case, name, direction, measure(rig, [Job(move, sets)]), verified=verified)
 
     def _pinned_right(self, rig: Rig, case: Case) -> bool:
@@ -175,14 +185,19 @@ class RowMaker:
         halves = [[rig.tables(pages, part, 2) for _ in range(TABLE_SETS)] for part in range(2)]
         half = Case(case.shape, pages * case.shape.page_bytes, case.sms)
         configs = [methods.config_for("auto", rig, way, pages, case.sms) for way in DIRECTIONS]
-        moves = [methods.ours(rig, way, config, lane) for way, config, lane in zip(DIRECTIONS, configs, (1, 2), strict=True)]
+        moves = [
+            methods.ours(rig, way, config, lane) for way, config, lane in zip(DIRECTIONS, configs, (1, 2), strict=True)
+        ]
         for sets in halves:
             self._export_first(rig, sets)
         verified = all(
-            self._verify(rig, way, move, sets[0], tagged=True) for way, move, sets in zip(DIRECTIONS, moves, halves, strict=True)
+            self._verify(rig, way, move, sets[0], tagged=True)
+            for way, move, sets in zip(DIRECTIONS, moves, halves, strict=True)
         )
         timing = measure(rig, [Job(move, sets) for move, sets in zip(moves, halves, strict=True)])
-        row = self._row(rig, half, "ours-auto", "both", timing, sms=2 * configs[0].sms, config=repr(configs[0]), verified=verified)
+        row = self._row(
+            rig, half, "ours-auto", "both", timing, sms=2 * configs[0].sms, config=repr(configs[0]), verified=verified
+        )
         ceiling = self._ceilings.get(("both", case.pages * case.shape.page_bytes))
         return row | {"of_ceiling": row["gbps"] / ceiling if ceiling else None}
 
@@ -198,7 +213,9 @@ class RowMaker:
                 verified = self._verify(rig, direction, move, sets[0], tagged=True)
                 for duty in DUTIES:
                     slowdown, gbps = beside_decode(rig, Job(move, sets), self._load, duty)
-                    row = self._row(rig, case, "ours-auto+decode", direction, None, sms=sms, config=repr(config), verified=verified)
+                    row = self._row(
+                        rig, case, "ours-auto+decode", direction, None, sms=sms, config=repr(config), verified=verified
+                    )
                     us = case.pages * rig.shape.page_bytes / gbps / 1e3
                     yield row | {"gbps": gbps, "us": us, "decode_slowdown": slowdown, "duty": duty}
 

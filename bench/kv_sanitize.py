@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from typing import Any
 
-from bench.kv_rig import LenderProcess, Rig
+from bench.kv_rig import LenderProcess, Rig, Tables
 from bench.kv_shapes import MIB, Shape
 from specgen_engine.kv.native import _kv
+
+
+def launch(rig: Rig, direction: Any, config: Any, tables: Tables) -> None:
+    import torch
+
+    rig.copier.launch(direction, tables.addresses(), config, torch.cuda.current_stream().cuda_stream)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,18 +34,19 @@ def main(argv: list[str] | None = None) -> int:
     if count == 0:
         print("error: needs 1 GPU, this machine has none", file=sys.stderr)
         return 2
-    import torch
-
     shape = Shape("qwen3-8b/page1", (2048,) * 72) if args.mib else Shape("mixed", (2048,) * 4 + (528,))
     chunk_mib = 64 if args.mib else 2
     batch = args.mib * MIB or 41 * shape.page_bytes
     wrong = 0
     with LenderProcess("cuda", min(1, count - 1), chunk_mib, int(batch * 1.5) // (chunk_mib * MIB) + 4) as lender:
         rig = Rig("cuda:0", lender, chunk_mib, shape, batch, seed=0)
-        tables, stream = rig.tables(batch // shape.page_bytes), torch.cuda.current_stream().cuda_stream
-        for config in (_kv.select_copy_config(2048, batch, _kv.Direction.EXPORT, 16), _kv.CopyConfig("vector", 16, 32, 0, 0)):
+        tables = rig.tables(batch // shape.page_bytes)
+        for config in (
+            _kv.select_copy_config(2048, batch, _kv.Direction.EXPORT, 16),
+            _kv.CopyConfig("vector", 16, 32, 0, 0),
+        ):
             for direction, verify in ((_kv.Direction.EXPORT, rig.verify_push), (_kv.Direction.IMPORT, rig.verify_pull)):
-                right = verify(lambda t, d=direction, c=config: rig.arena.copier.launch(d, t.addresses(), c, stream), tables, True)
+                right = verify(partial(launch, rig, direction, config), tables, True)
                 print(f"{config} {direction.name}: {'right' if right else 'WRONG BYTES'}", flush=True)
                 wrong += not right
         rig.close()

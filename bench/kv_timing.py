@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -118,7 +119,7 @@ class DecodeLoad:
         if beside is not None:
             beside()
         torch.cuda.synchronize()
-        times = sorted(a.elapsed_time(b) * 1e3 for a, b in zip(marks[2:], marks[3:], strict=False))
+        times = sorted(a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks[2:]))
         return times[len(times) // 2]
 
 

@@ -3,8 +3,9 @@
     python -m bench.kv_transfer --json F [--plot F.png] [--quick] [--tune] [--only WORD ...]
     python -m bench.kv_transfer --plot-from F --plot F.png
 
-Seeded random block tables; every row's bytes are verified, untouched pages too. The ceiling is the copy engine moving the
-same number of contiguous bytes between the same memories in the same run. A lender process owns the second GPU's memory.
+Seeded random block tables; every row's bytes are verified, untouched pages too. The ceiling is the copy engine moving
+the same number of contiguous bytes between the same memories in the same run. A lender process owns the second GPU's
+memory.
 `--backend loopback` rehearses the whole command in shared memory: its numbers say nothing about a GPU.
 Exit status: 0; 1 when a row failed verification; 2 when the machine has fewer than two GPUs or an option is wrong.
 """
@@ -18,7 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.kv_shapes import GIB, LATENCY_PAGES, LATENCY_SHAPE, MIB, MODEL_SHAPES, SWEEP_KIB, Case, Shape, batches_of, sweep
+from bench.kv_shapes import (
+    GIB,
+    LATENCY_PAGES,
+    LATENCY_SHAPE,
+    MIB,
+    MODEL_SHAPES,
+    SWEEP_KIB,
+    Case,
+    Shape,
+    batches_of,
+    sweep,
+)
 from bench.machine import new_report, write_report
 
 SCHEMA = "specgen.kv_transfer/1"
@@ -28,7 +40,9 @@ SM_CURVE_CHUNKS = (1 << 10, 2 << 10, 8 << 10, 32 << 10, 128 << 10)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.kv_transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kv_transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--plot", type=Path, help="draw the report's curves")
     parser.add_argument("--plot-from", type=Path, help="draw an existing report and measure nothing")
@@ -40,7 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--segment-bytes", type=int, default=8192, help="largest piece of a chunk one bulk copy moves")
     parser.add_argument("--chunk-mib", type=int, default=64, help="size of an arena chunk")
     parser.add_argument("--budget-s", type=float, default=600, help="start no further shape after this many seconds")
-    parser.add_argument("--sgl-kernel", type=Path, help="sgl_kernel's common_ops shared library, where the package isn't installed")
+    parser.add_argument(
+        "--sgl-kernel", type=Path, help="sgl_kernel's common_ops shared library, where the package isn't installed"
+    )
     args = parser.parse_args(argv)
     if args.plot_from and not args.plot:
         parser.error("--plot-from needs --plot")
@@ -52,7 +68,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def shapes(args: argparse.Namespace) -> list[Shape]:
     sizes = (2, 32) if args.quick else SWEEP_KIB
     listed = [LATENCY_SHAPE, *(sweep(kib) for kib in sizes)]
-    listed += [sweep(2, "layer_first")] if args.quick else [sweep(kib, "layer_first") for kib in (1, 2, 32)] + MODEL_SHAPES
+    listed += (
+        [sweep(2, "layer_first")] if args.quick else [sweep(kib, "layer_first") for kib in (1, 2, 32)] + MODEL_SHAPES
+    )
     first = ("single", "sweep")
     listed.sort(key=lambda shape: not shape.name.startswith(first))
     return [shape for shape in listed if not args.only or any(word in shape.name for word in args.only)]
@@ -74,7 +92,8 @@ def print_row(row: dict[str, Any]) -> None:
     slower = f" decode {row['decode_slowdown'] * 100:+.1f} %" if row.get("decode_slowdown") is not None else ""
     verified = "" if row.get("verified") else "  NOT VERIFIED" if row.get("verified") is False else ""
     print(
-        f"{row['method']:<22} {row['direction']:<4} {row['shape']:<22} {row['chunk_bytes']:>7} B x {row['pages']:>6} pages "
+        f"{row['method']:<22} {row['direction']:<4} {row['shape']:<22} {row['chunk_bytes']:>7} B x "
+        f"{row['pages']:>6} pages "
         f"{row['sms'] or '-':>4} SMs {speed}{share}{slower}{verified}",
         flush=True,
     )
@@ -112,9 +131,13 @@ def require_gpus(args: argparse.Namespace) -> str | None:
     except ImportError as error:
         return str(error)
     if args.backend == "cuda" and not _kv.HAS_CUDA:
-        return "specgen_engine._kv was built without CUDA: rebuild it where nvcc and nvidia-cutlass are (`python -m bench.gpu_build`)"
+        return "specgen_engine._kv was built without CUDA: rebuild it with nvcc (`python -m bench.gpu_build`)"
     count = _kv.device_count() if args.backend == "cuda" else 2
-    return None if count >= 2 else f"needs 2 GPUs with peer access, this machine has {count}: `--backend loopback` rehearses without"
+    return (
+        None
+        if count >= 2
+        else f"needs 2 GPUs with peer access, this machine has {count}: `--backend loopback` rehearses without"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,9 @@
 
     python -m bench.pack_gpu_host OUT
 
-OUT/include gets pybind11's headers and the CUTLASS headers that the kernels include; OUT/site gets pure-Python and cp312
-packages (pytest, msgspec ...), unpacked; OUT/sgl_kernel.so is SGLang's transfer operators for Hopper, where installed; OUT/COMMIT names the tree.
+OUT/include gets pybind11's headers and the CUTLASS headers that the kernels include; OUT/site gets pure-Python and
+cp312 packages (pytest, msgspec ...), unpacked; OUT/sgl_kernel.so is SGLang's transfer operators for Hopper, where
+installed; OUT/COMMIT names the tree.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from bench.machine import commit
 from specgen_engine.kv.toolchain import ToolchainError, find_toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("msgspec==0.22.0", "pytest", "pluggy", "iniconfig", "packaging", "pygments", "nvidia-ml-py", "pytest-timeout")
+PACKAGES = (
+    "msgspec==0.22.0",
+    "pytest",
+    "pluggy",
+    "iniconfig",
+    "packaging",
+    "pygments",
+    "nvidia-ml-py",
+    "pytest-timeout",
+)
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 26, 24, 17)] + ["manylinux2014_x86_64"]
 
 
@@ -34,7 +44,14 @@ def pack_headers(target: Path) -> int:
         raise ToolchainError(tools.missing or "no toolchain")
     needed: set[Path] = set()
     for kernel in ROOT.glob("kernels/*.cu"):
-        command = [str(tools.nvcc), "-M", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", f"-I{tools.cutlass_include}", str(kernel)]
+        command = [
+            str(tools.nvcc),
+            "-M",
+            "-std=c++17",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            f"-I{tools.cutlass_include}",
+            str(kernel),
+        ]
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ").split()
         needed |= {Path(word).resolve() for word in listed[1:]}
     root = tools.cutlass_include.resolve()
@@ -51,7 +68,17 @@ def pack_packages(target: Path, pip: str) -> None:
     """Wheels for the host's Python 3.12, unpacked side by side."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as wheels:
-        command = [pip, "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
+        command = [
+            pip,
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version",
+            "3.12",
+            "--implementation",
+            "cp",
+        ]
         command += ["--abi", "cp312", "--abi", "abi3", "--abi", "none", "-d", wheels]
         for platform in PLATFORMS:
             command += ["--platform", platform]
@@ -73,7 +100,9 @@ def pack_sgl_kernel(target: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.pack_gpu_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pack_gpu_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--pip", default=shutil.which("pip") or "pip", help="the pip that downloads wheels")
     args = parser.parse_args()
@@ -87,7 +116,10 @@ def main() -> int:
     (args.out / "COMMIT").write_text((commit() or "unknown") + "\n")
     kernel = pack_sgl_kernel(args.out / "sgl_kernel.so")
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
-    print(f"{headers} headers, sgl_kernel {'packed' if kernel else 'not installed here'}: {size / 2**20:.1f} MiB under {args.out}")
+    print(
+        f"{headers} headers, sgl_kernel {'packed' if kernel else 'not installed here'}: "
+        f"{size / 2**20:.1f} MiB under {args.out}"
+    )
     return 0
 
 

@@ -1,6 +1,6 @@
 """`python -m specgen_engine.kv`: a lender alone, told what to do by lines on stdin, answering in JSON lines on stdout.
 
-Commands: `counts`, `epochs`, `revoke EPOCH COUNT|all BOUND_S`, `quiet DURATION_S`, `close`. The end of stdin is `close`.
+Commands: `counts`, `epochs`, `revoke EPOCH COUNT|all BOUND_S`, `quiet DURATION_S`, `close`; so is the end of stdin.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ def answer(lender: Lender, line: str) -> dict[str, object]:
         with lender.quiet(float(words[0])) as reached:
             time.sleep(float(words[0]))
         return {"reached": reached}
-    raise KvError(f"command {line.strip()!r}: use counts, epochs, revoke EPOCH COUNT|all BOUND_S, quiet DURATION_S, close")
+    raise KvError(
+        f"command {line.strip()!r}: use counts, epochs, revoke EPOCH COUNT|all BOUND_S, quiet DURATION_S, close"
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m specgen_engine.kv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m specgen_engine.kv", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--directory", type=Path, required=True, help="holds the socket; made with mode 700")
     parser.add_argument("--name", default="lender")
     parser.add_argument("--backend", choices=("loopback", "cuda"), default="cuda")

@@ -11,7 +11,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from specgen_engine.kv.base import ArenaFull, Backend, Copier, CopyTimeout, Counts, KvError, PageRefs, QuietLease, Space, StalePages
+from specgen_engine.kv.base import (
+    ArenaFull,
+    Backend,
+    Copier,
+    CopyTimeout,
+    Counts,
+    KvError,
+    PageRefs,
+    QuietLease,
+    Space,
+    StalePages,
+)
 from specgen_engine.kv.native import _kv
 
 OnQuiet = Literal["miss", "wait"]
@@ -123,7 +134,14 @@ class PageArena:
             self._reap()
             return int(self._ledger.release(refs.pages, refs.generations))
 
-    def export(self, device_pages: ArrayLike, refs: PageRefs, after_stream: int = 0, quiet: OnQuiet = "miss", wait_s: float = 1.0) -> Copy:
+    def export(
+        self,
+        device_pages: ArrayLike,
+        refs: PageRefs,
+        after_stream: int = 0,
+        quiet: OnQuiet = "miss",
+        wait_s: float = 1.0,
+    ) -> Copy:
         """Start copying device pages to arena pages, each tagged with its generation after its last byte.
 
         `device_pages` and `refs` have the same length. `after_stream` is the CUDA stream whose work the copy follows.
@@ -134,12 +152,23 @@ class PageArena:
         """
         return self._submit(_kv.Direction.EXPORT, device_pages, refs, after_stream, quiet, wait_s)
 
-    def import_(self, device_pages: ArrayLike, refs: PageRefs, after_stream: int = 0, quiet: OnQuiet = "miss", wait_s: float = 1.0) -> Copy:
+    def import_(
+        self,
+        device_pages: ArrayLike,
+        refs: PageRefs,
+        after_stream: int = 0,
+        quiet: OnQuiet = "miss",
+        wait_s: float = 1.0,
+    ) -> Copy:
         """Start copying arena pages to device pages; `Copy.result()` says which arrived whole. Raises as `export`."""
         return self._submit(_kv.Direction.IMPORT, device_pages, refs, after_stream, quiet, wait_s)
 
     def revoke(
-        self, slots: Iterable[int], timeout_s: float, on_unmapped: Callable[[int], None] = lambda slot: None, only_unused: bool = False
+        self,
+        slots: Iterable[int],
+        timeout_s: float,
+        on_unmapped: Callable[[int], None] = lambda slot: None,
+        only_unused: bool = False,
     ) -> list[int]:
         """Take chunks out of use, drain their copies, unmap them, each as soon as it is idle.
 
@@ -171,7 +200,7 @@ class PageArena:
         return removed
 
     def pause(self, slots: Iterable[int], duration_s: float) -> None:
-        """Start no copy that touches these slots for `duration_s`, or until `resume`. Copies in flight go on: see `drain`."""
+        """Start no copy on these slots for `duration_s`, or until `resume`; those in flight go on: see `drain`."""
         with self._changed:
             until = time.monotonic() + duration_s
             self._quiet_until.update(dict.fromkeys(slots, until))
@@ -192,7 +221,7 @@ class PageArena:
         return True
 
     def retire(self, slots: Iterable[int]) -> None:
-        """Give out no more pages of these slots; those in use stay readable (their lender is gone, the memory is not)."""
+        """Give out no more pages of these slots; those in use stay readable: their lender is gone, not the memory."""
         with self._changed:
             for slot in slots:
                 self._ledger.pause_chunk(slot, True)
@@ -220,19 +249,34 @@ class PageArena:
             counts.check("arena")
             per_chunk = self.layout.pages_per_chunk
             if self.space.mapped * per_chunk != counts.total:
-                raise KvError(f"arena: {self.space.mapped} chunks of {per_chunk} pages are mapped, {counts.total} pages are booked")
+                raise KvError(
+                    f"arena: {self.space.mapped} chunks of {per_chunk} pages mapped, {counts.total} pages booked"
+                )
             return counts
 
-    def _submit(self, direction: _kv.Direction, device_pages: ArrayLike, refs: PageRefs, after_stream: int, quiet: OnQuiet, wait_s: float) -> Copy:
+    def _submit(
+        self,
+        direction: _kv.Direction,
+        device_pages: ArrayLike,
+        refs: PageRefs,
+        after_stream: int,
+        quiet: OnQuiet,
+        wait_s: float,
+    ) -> Copy:
         slots = frozenset(np.unique(refs.pages // self.layout.pages_per_chunk).tolist())
         with self._changed:
             self._await_quiet(slots, quiet, wait_s)
             self._reap()
             stale = self._ledger.begin_copy(refs.pages, refs.generations)
             if len(stale):
-                raise StalePages(stale.astype(np.int64), f"{len(stale)} of {len(refs)} pages were revoked: they are lost, compute them again")
+                raise StalePages(
+                    stale.astype(np.int64),
+                    f"{len(stale)} of {len(refs)} pages were revoked: they are lost, compute them again",
+                )
             try:
-                ticket = self.copier.submit(direction, np.asarray(device_pages, np.int64), refs.pages, refs.generations, after_stream)
+                ticket = self.copier.submit(
+                    direction, np.asarray(device_pages, np.int64), refs.pages, refs.generations, after_stream
+                )
             except BaseException:
                 self._ledger.end_copy(refs.pages)
                 raise

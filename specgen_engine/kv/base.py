@@ -1,13 +1,13 @@
 """The contract of the KV transport: what its parts exchange, what they raise, what a backend must offer.
 
 A *lender* owns spare memory of a GPU and lends it in equal *chunks*; a *borrower* maps the chunks into an *arena* of
-pages and moves KV pages there (export) and back (import). A *lease* is the contract between one borrower and one lender,
-named by its *epoch*.
+pages and moves KV pages there (export) and back (import). A *lease* is the contract between one borrower and one
+lender, named by its *epoch*.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +120,7 @@ class Copier(Protocol):
 
     def submit(
         self,
-        direction: object,
+        direction: Any,
         device_pages: NDArray[np.int64],
         arena_pages: NDArray[np.int64],
         generations: NDArray[np.uint64],
@@ -143,4 +143,4 @@ class Backend(Protocol):
 
     def space(self, slots: int, chunk_bytes: int) -> Space: ...
 
-    def copier(self, layout: object, base: int) -> Copier: ...
+    def copier(self, layout: Any, base: int) -> Copier: ...

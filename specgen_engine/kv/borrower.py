@@ -24,8 +24,8 @@ OVERDUE_TICK_S = 0.01
 class Link:
     """One lease with one lender: connected and claimed when the constructor returns.
 
-    A thread of its own maps chunks as they come, obeys revocations and quiet spells, and renews the lease. If the lender
-    dies, `lost` says so: pages of its chunks stay readable until `close`, no new ones are given out.
+    A thread of its own maps chunks as they come, obeys revocations and quiet spells, and renews the lease. If the
+    lender dies, `lost` says so: pages of its chunks stay readable until `close`, no new ones are given out.
 
     Raises:
         PeerGone: nobody listens at `path`.
@@ -76,7 +76,9 @@ class Link:
         if count < 1:
             raise KvError(f"count={count}: ask for at least one chunk")
         if self.arena.free_slots() < count:
-            raise ArenaFull(f"{count} chunks asked for, {self.arena.free_slots()} slots free: make the arena with more slots")
+            raise ArenaFull(
+                f"{count} chunks asked for, {self.arena.free_slots()} slots free: make the arena with more slots"
+            )
         answer = self._request(lambda seq: wire.Grow(seq, self.epoch, min(count, wire.MAX_CHUNKS_PER_MESSAGE)))
         assert isinstance(answer, wire.Chunks)
         return len(answer.chunks)
@@ -123,12 +125,19 @@ class Link:
 
     def _claim(self) -> wire.Granted:
         self._seq += 1
-        self._channel.send(wire.Claim(self._seq, wire.PROTOCOL_VERSION, self.name, self.arena.backend.name, self.arena.chunk_bytes))
+        try:
+            self._channel.send(
+                wire.Claim(self._seq, wire.PROTOCOL_VERSION, self.name, self.arena.backend.name, self.arena.chunk_bytes)
+            )
+        except PeerGone:  # it may have said why before it hung up
+            pass
         answer, fds = self._channel.receive(self._timeout_s)
         wire.close_all(fds)
         if isinstance(answer, wire.Granted):
             return answer
-        raise LeaseRefused(answer.reason if isinstance(answer, wire.Refused) else f"{type(answer).__name__} in answer to a claim")
+        raise LeaseRefused(
+            answer.reason if isinstance(answer, wire.Refused) else f"{type(answer).__name__} in answer to a claim"
+        )
 
     def _request(self, make: Callable[[int], wire.AnyMessage]) -> wire.AnyMessage:
         with self._request_lock:
@@ -172,6 +181,9 @@ class Link:
         except LeaseRefused as error:
             self._lose(str(error))
             self._give_back(list(self._slots), self._timeout_s)
+        except BaseException as error:
+            self._lose(f"the link's thread failed: {error!r}")
+            raise
         finally:
             self._channel.close()
 
@@ -182,7 +194,7 @@ class Link:
         self._answers.put(PeerGone(self.lost))
 
     def _handle(self, received: wire.Received) -> None:
-        message = received.message
+        message: wire.FromLender = received.message
         if isinstance(message, wire.Chunks):
             self._map(message, received.fds)
         elif isinstance(message, wire.Refused) and message.seq == 0:

@@ -22,7 +22,9 @@ class CudaBackend:
 
     def __init__(self, device: int, sm_budget: int = 16, copy_timeout_ms: int = 10_000) -> None:
         if not _kv.HAS_CUDA:
-            raise KvError("the extension was built without CUDA: install nvcc (nvidia-cuda-nvcc) and nvidia-cutlass, then rebuild")
+            raise KvError(
+                "the extension was built without CUDA: install nvcc (nvidia-cuda-nvcc) and nvidia-cutlass, then rebuild"
+            )
         count = _kv.device_count()
         if not 0 <= device < count:
             raise KvError(f"device={device}: this process sees {count} CUDA devices")

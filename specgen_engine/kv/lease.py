@@ -48,7 +48,9 @@ class LeaseBook:
         """Raises LeaseRefused when the borrower holds a lease already."""
         for lease in self._leases.values():
             if lease.borrower == borrower:
-                raise LeaseRefused(f"borrower {borrower!r} already holds the lease of epoch {lease.epoch}: close that one first")
+                raise LeaseRefused(
+                    f"borrower {borrower!r} already holds the lease of epoch {lease.epoch}: close that one first"
+                )
         lease = Lease(borrower, self._next_epoch, now + self.lease_s)
         self._next_epoch += 1
         self._leases[lease.epoch] = lease
@@ -111,7 +113,11 @@ class LeaseBook:
     def counts(self) -> Counts:
         number = {state: self._states.count(state) for state in ChunkState}
         return Counts(
-            number[ChunkState.FREE], number[ChunkState.USED], number[ChunkState.IN_FLIGHT], number[ChunkState.REVOKING], len(self._states)
+            number[ChunkState.FREE],
+            number[ChunkState.USED],
+            number[ChunkState.IN_FLIGHT],
+            number[ChunkState.REVOKING],
+            len(self._states),
         )
 
     def check_integrity(self) -> Counts:

@@ -1,6 +1,6 @@
 """The lender: serves chunks of a GPU's spare memory over a Unix socket, and gets them back within a bound.
 
-Runs in the process that owns the memory, on threads of its own. `python -m specgen_engine.kv.lender --help` runs one alone.
+Runs in the process that owns the memory, on threads of its own. `python -m specgen_engine.kv` runs one alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specgen_engine.kv import wire
-from specgen_engine.kv.base import BadMessage, Backend, Chunk, Counts, KvError, LeaseRefused, PeerGone, PeerTimeout
+from specgen_engine.kv.base import Backend, BadMessage, Chunk, Counts, KvError, LeaseRefused, PeerGone, PeerTimeout
 from specgen_engine.kv.lease import LeaseBook
 from specgen_engine.kv.native import _kv
 
@@ -50,7 +50,10 @@ def private_directory(path: Path) -> Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.stat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o700:
-        raise KvError(f"directory {path} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):o}: it must be yours, mode 700")
+        raise KvError(
+            f"directory {path} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):o}: "
+            "it must be yours, mode 700"
+        )
     return path
 
 
@@ -90,7 +93,10 @@ class Lender:
     ) -> None:
         self.path = private_directory(directory) / f"{name}.sock"
         if len(os.fsencode(self.path)) > LONGEST_SOCKET_PATH:
-            raise KvError(f"socket path {self.path} has {len(os.fsencode(self.path))} bytes: the limit is {LONGEST_SOCKET_PATH}, use a shorter one")
+            raise KvError(
+                f"socket path {self.path} has {len(os.fsencode(self.path))} bytes: "
+                f"the limit is {LONGEST_SOCKET_PATH}, use a shorter one"
+            )
         self.backend = backend
         self.chunk_bytes = chunk_bytes
         self.total_chunks = total_chunks
@@ -139,7 +145,7 @@ class Lender:
 
     @contextmanager
     def quiet(self, duration_s: float, reach_s: float = 0.05) -> Iterator[bool]:
-        """Suspend all copies for at most `duration_s`; yields whether every borrower's copies had drained after `reach_s`.
+        """Suspend all copies for at most `duration_s`; yields whether all copies had drained after `reach_s`.
 
         Raises KvError for a duration over MAX_QUIET_S: borrowers may be waiting.
         """
@@ -148,18 +154,18 @@ class Lender:
         with self._changed:
             self._quiet += 1
             number = self._quiet
-            leased = [c for c in self._connections if c.epoch is not None]
-            for connection in leased:
-                self._send(connection, wire.Quiet(connection.epoch, number, duration_s))
+            leased = [(c, c.epoch) for c in self._connections if c.epoch is not None]
+            for connection, epoch in leased:
+                self._send(connection, wire.Quiet(epoch, number, duration_s))
             reached = self._changed.wait_for(
-                lambda: all(c.quiet_reached >= number or c not in self._connections for c in leased), timeout=reach_s
+                lambda: all(c.quiet_reached >= number or c not in self._connections for c, _ in leased), timeout=reach_s
             )
         try:
             yield reached
         finally:
             with self._changed:
-                for connection in leased:
-                    self._send(connection, wire.Resume(connection.epoch, number))
+                for connection, epoch in leased:
+                    self._send(connection, wire.Resume(epoch, number))
 
     def close(self, bound_s: float = 1.0) -> None:
         """Call everything back, then end all connections. Idempotent."""
@@ -195,7 +201,9 @@ class Lender:
         connection = next((c for c in self._connections if c.epoch == epoch), None)
         for at in range(0, len(chunks), wire.MAX_CHUNKS_PER_MESSAGE):
             if connection is not None:
-                self._send(connection, wire.Revoke(epoch, tuple(chunks[at : at + wire.MAX_CHUNKS_PER_MESSAGE]), bound_s))
+                self._send(
+                    connection, wire.Revoke(epoch, tuple(chunks[at : at + wire.MAX_CHUNKS_PER_MESSAGE]), bound_s)
+                )
 
     def _send(self, connection: _Connection, message: wire.AnyMessage, fds: list[int] | None = None) -> None:
         """A peer that can't be reached is dropped by its own thread, which sees the end of the connection."""
@@ -222,7 +230,10 @@ class Lender:
     def _serve(self, connection: _Connection) -> None:
         try:
             if connection.peer.uid != os.geteuid():
-                raise LeaseRefused(f"process {connection.peer.pid} runs as uid {connection.peer.uid}, the lender as {os.geteuid()}: use one user")
+                raise LeaseRefused(
+                    f"process {connection.peer.pid} runs as uid {connection.peer.uid}, "
+                    f"the lender as {os.geteuid()}: use one user"
+                )
             while True:
                 try:
                     message = connection.channel.receive(self._book.lease_s / 2).message
@@ -254,10 +265,14 @@ class Lender:
         with self._changed:
             for lease in self._book.expired(time.monotonic()):
                 if lease.epoch == connection.epoch:
-                    log.warning("borrower %r let its lease of epoch %d lapse: calling its chunks back", lease.borrower, lease.epoch)
+                    log.warning(
+                        "borrower %r let its lease of epoch %d lapse: calling its chunks back",
+                        lease.borrower,
+                        lease.epoch,
+                    )
                     self._send_revoke(lease.epoch, self._book.revoke(lease.epoch), self._book.lease_s)
 
-    def _answer(self, connection: _Connection, message: wire.AnyMessage) -> None:
+    def _answer(self, connection: _Connection, message: wire.FromBorrower) -> None:
         seq = getattr(message, "seq", 0)
         with self._changed:
             try:
@@ -265,7 +280,9 @@ class Lender:
                     self._claim(connection, message)
                     return
                 if message.epoch != connection.epoch:
-                    raise LeaseRefused(f"epoch {message.epoch} is stale: this connection's lease has epoch {connection.epoch}")
+                    raise LeaseRefused(
+                        f"epoch {message.epoch} is stale: this connection's lease has epoch {connection.epoch}"
+                    )
                 self._book.renew(message.epoch, time.monotonic())
                 self._act(connection, message)
                 self._changed.notify_all()
@@ -274,7 +291,7 @@ class Lender:
                     raise
                 self._send(connection, wire.Refused(seq, str(error)))
 
-    def _act(self, connection: _Connection, message: wire.AnyMessage) -> None:
+    def _act(self, connection: _Connection, message: wire.FromBorrower) -> None:
         if isinstance(message, wire.Grow):
             self._grow(connection, message)
         elif isinstance(message, wire.Accepted):

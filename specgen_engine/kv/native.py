@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from specgen_engine import _kv
+    import specgen_engine._kv as _kv
 else:
     try:
         from specgen_engine import _kv

@@ -67,7 +67,9 @@ def find_cutlass() -> Path | None:
     named = os.environ.get("SPECGEN_CUTLASS_INCLUDE")
     if named is not None:
         if not (Path(named) / "cutlass" / "arch" / "barrier.h").is_file():
-            raise ToolchainError(f"SPECGEN_CUTLASS_INCLUDE={named!r} has no cutlass/arch/barrier.h: name an include folder")
+            raise ToolchainError(
+                f"SPECGEN_CUTLASS_INCLUDE={named!r} has no cutlass/arch/barrier.h: name an include folder"
+            )
         return Path(named)
     return _package_file("cutlass_library", "source/include")
 
@@ -81,15 +83,19 @@ def cuda_home(nvcc: Path) -> Path:
     near = nvcc.resolve().parent.parent
     if (near / "include" / "cuda_runtime.h").is_file():
         return near
-    said = subprocess.run([str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, timeout=30).stderr
+    said = subprocess.run(
+        [str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, timeout=30
+    ).stderr
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
     if top is None:
-        raise ToolchainError(f"{nvcc} does not say where its toolkit is: set SPECGEN_NVCC to the nvcc inside a CUDA toolkit")
+        raise ToolchainError(
+            f"{nvcc} does not say where its toolkit is: set SPECGEN_NVCC to the nvcc inside a CUDA toolkit"
+        )
     return Path(top.group(1)).resolve()
 
 
 def package_mismatch(nvcc: Path) -> str | None:
-    """Why an nvcc from packages can't work, if so: its parts are packages of their own, and pip takes the newest of each."""
+    """Why an nvcc from packages can't work, if so: its parts are packages too, and pip takes the newest of each."""
     if nvcc != _package_file("nvidia", "cu13/bin/nvcc"):
         return None
     versions = {name: ".".join(metadata.version(name).split(".")[:2]) for name in ("nvidia-cuda-nvcc", "nvidia-nvvm")}
@@ -110,7 +116,9 @@ def find_toolchain() -> Toolchain:
     if mismatch := package_mismatch(nvcc):
         return Toolchain(None, None, missing=mismatch)
     if cutlass is None:
-        return Toolchain(None, None, missing="no CUTLASS headers: install nvidia-cutlass or set SPECGEN_CUTLASS_INCLUDE")
+        return Toolchain(
+            None, None, missing="no CUTLASS headers: install nvidia-cutlass or set SPECGEN_CUTLASS_INCLUDE"
+        )
     return Toolchain(nvcc, cutlass, cuda_home(nvcc))
 
 

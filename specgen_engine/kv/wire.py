@@ -9,7 +9,7 @@ import os
 import select
 import socket
 import threading
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -139,7 +139,7 @@ AnyMessage = FromBorrower | FromLender
 
 
 class Received(NamedTuple):
-    message: AnyMessage
+    message: Any  # one of the channel's incoming union
     fds: list[int]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,22 @@ def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def settles(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    """Whether a condition that other threads bring about holds within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
 class Side:
     """A borrower: host buffers that stand for a GPU's KV pool, and an arena."""
 
-    def __init__(self, name: str, slots: int = 8, pages: int = 64, delay_us: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, name: str, slots: int = 8, pages: int = 64, delay_us: int = 0, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
         self.name = name
         self.buffers = [np.zeros((pages, PAGE_BYTES // 4), np.uint8) for _ in range(4)]
         planes = [_kv.Plane(buffer.ctypes.data, buffer.strides[0], buffer.shape[1]) for buffer in self.buffers]

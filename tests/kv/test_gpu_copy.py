@@ -1,4 +1,4 @@
-"""The kernels on a GPU: every byte, every tag, both layouts, all methods. One GPU lends to itself; two lend to each other."""
+"""The kernels on a GPU: every byte, every tag, both layouts, all methods. One GPU alone lends to itself."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_every_byte_and_tag_both_ways(rig: Any, name: str) -> None:
         tables = rig.tables(pages)
         for direction, verify in ((_kv.Direction.EXPORT, rig.verify_push), (_kv.Direction.IMPORT, rig.verify_pull)):
             given = CONFIGS[name]
-            config = _kv.CopyConfig(*given) if given else rig.arena.copier.select(direction, pages)
-            assert verify(lambda t, d=direction, c=config: rig.arena.copier.launch(d, t.addresses(), c, stream), tables, True)
+            config = _kv.CopyConfig(*given) if given else rig.copier.select(direction, pages)
+            assert verify(lambda t, d=direction, c=config: rig.copier.launch(d, t.addresses(), c, stream), tables, True)
 
 
 def test_import_reports_exactly_the_stale_pages(rig: Any) -> None:
@@ -75,8 +75,8 @@ def test_import_reports_exactly_the_stale_pages(rig: Any) -> None:
     wrong = torch.zeros(len(tables), dtype=torch.bool, device="cuda:0")
     wrong[::3] = True
     changed = tables._replace(generations=tables.generations + wrong)
-    config = rig.arena.copier.select(_kv.Direction.IMPORT, len(tables))
-    rig.arena.copier.launch(_kv.Direction.IMPORT, changed.addresses(), config, torch.cuda.current_stream().cuda_stream)
+    config = rig.copier.select(_kv.Direction.IMPORT, len(tables))
+    rig.copier.launch(_kv.Direction.IMPORT, changed.addresses(), config, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     assert torch.equal(changed.flags == _kv.PAGE_STALE, wrong)
     assert torch.equal(changed.flags == _kv.PAGE_MATCHES, ~wrong)
@@ -86,10 +86,10 @@ def test_a_captured_graph_moves_the_pages_of_its_tables_at_replay(rig: Any) -> N
     import torch
 
     tables = rig.tables(min(rig.pages // 2, 30))
-    config = rig.arena.copier.select(_kv.Direction.EXPORT, len(tables))
+    config = rig.copier.select(_kv.Direction.EXPORT, len(tables))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        rig.arena.copier.launch(_kv.Direction.EXPORT, tables.addresses(), config, torch.cuda.current_stream().cuda_stream)
+        rig.copier.launch(_kv.Direction.EXPORT, tables.addresses(), config, torch.cuda.current_stream().cuda_stream)
     for _ in range(2):
         fresh = rig.tables(len(tables))
         for column, new in zip(tables, fresh, strict=True):
@@ -107,11 +107,16 @@ def test_token_indices_are_taken_as_sglang_keeps_them(rig: Any) -> None:
 
     device, arena = tokens(tables.device_pages), tokens(tables.arena_pages)
     addresses = _kv.DeviceTables(
-        device.data_ptr(), arena.data_ptr(), tables.generations.data_ptr(), tables.flags.data_ptr(), 5, index_stride=page_size
+        device.data_ptr(),
+        arena.data_ptr(),
+        tables.generations.data_ptr(),
+        tables.flags.data_ptr(),
+        5,
+        index_stride=page_size,
     )
-    config = rig.arena.copier.select(_kv.Direction.EXPORT, 5)
+    config = rig.copier.select(_kv.Direction.EXPORT, 5)
     stream = torch.cuda.current_stream().cuda_stream
-    assert rig.verify_push(lambda _: rig.arena.copier.launch(_kv.Direction.EXPORT, addresses, config, stream), tables, True)
+    assert rig.verify_push(lambda _: rig.copier.launch(_kv.Direction.EXPORT, addresses, config, stream), tables, True)
 
 
 def test_submitted_copies_follow_the_callers_stream_and_lead_it(rig: Any) -> None:
@@ -123,7 +128,7 @@ def test_submitted_copies_follow_the_callers_stream_and_lead_it(rig: Any) -> Non
         torch.cuda._sleep(20_000_000)
         rig.pool.add_(3)
         export = rig.arena.export(range(rig.pages), rig.refs, after_stream=stream.cuda_stream)
-        rig.arena.copier.order_after(export.ticket, stream.cuda_stream)
+        rig.copier.order_after(export.ticket, stream.cuda_stream)
         expected = rig.pool.clone()
         rig.pool.zero_()
         back = rig.arena.import_(range(rig.pages), rig.refs, after_stream=stream.cuda_stream)

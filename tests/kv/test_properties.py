@@ -19,7 +19,8 @@ from tests.kv.support import Side, make_lender, open_fds
 
 EXAMPLES, OPERATIONS = 100, 100  # 10,000 in all
 KINDS = (
-    "grow", "grow", "shrink", "claim", "close", "allocate", "allocate", "release", "export", "export", "import", "import",
+    "grow", "grow", "shrink", "claim", "close", "allocate", "allocate", "release", "export",
+    "export", "import", "import",
     "revoke", "quiet", "crash borrower", "crash lender",
 )  # fmt: skip
 operations = st.lists(
@@ -205,7 +206,10 @@ def test_ten_thousand_random_operations_keep_the_books() -> None:
     assert executed >= EXAMPLES * OPERATIONS
 
 
-ledger_steps = st.lists(st.tuples(st.sampled_from(("add", "revoke", "remove", "allocate", "release", "begin", "end")), st.integers(0, 3)), max_size=60)
+ledger_steps = st.lists(
+    st.tuples(st.sampled_from(("add", "revoke", "remove", "allocate", "release", "begin", "end")), st.integers(0, 3)),
+    max_size=60,
+)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -1,0 +1,130 @@
+"""Every kernel compiles for Hopper, without spills; the launch shapes chosen for them fit the chip."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specgen_engine.kv import toolchain
+from specgen_engine.kv.base import KvError
+from specgen_engine.kv.cuda import CudaBackend
+from specgen_engine.kv.native import _kv
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "kernels").glob("*.cu"))
+SHARED_LIMIT = 227 * 1024
+
+
+def compile_kernel(source: Path, target: Path) -> str:
+    tools = toolchain.find_toolchain()
+    command = toolchain.compile_command(tools, source, target, "-Xptxas", "-v,-warn-spills,-warn-lmem-usage")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{done.stderr[-2000:]}\n{toolchain.explain_failure(done.stderr)}"
+    return done.stderr
+
+
+def test_there_are_kernels() -> None:
+    assert [path.name for path in KERNELS] == ["page_copy.cu"]
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernel_compiles_for_sm_90a_without_spills(source: Path, tmp_path: Path) -> None:
+    said = compile_kernel(source, tmp_path / "kernel.o")
+    functions = re.findall(r"Compiling entry function '(\S+)' for 'sm_90a'", said)
+    assert len(functions) == 2, said
+    assert (
+        re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        == [("0", "0", "0")] * 2
+    )
+
+
+def test_the_check_notices_a_spill(tmp_path: Path) -> None:
+    body = "".join(f"float a{i} = x[i * {i + 1}];" for i in range(40))
+    used = "".join(f"x[{i}] = a{i};" for i in range(40))
+    source = tmp_path / "spill.cu"
+    source.write_text(
+        f"__global__ __launch_bounds__(1024, 2) void spill(float* x, int i) {{ {body} __syncthreads(); {used} }}"
+    )
+    said = compile_kernel(source, tmp_path / "spill.o")
+    assert re.search(r"[1-9]\d* bytes spill stores", said)
+
+
+def test_nvcc_is_taken_from_its_package_where_none_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPECGEN_NVCC", raising=False)
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    found = toolchain.find_nvcc()
+    assert found is not None
+    assert found.parts[-4:] == ("nvidia", "cu13", "bin", "nvcc")
+
+
+def test_a_named_nvcc_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECGEN_NVCC", "/nonexistent/nvcc")
+    with pytest.raises(toolchain.ToolchainError, match="SPECGEN_NVCC='/nonexistent/nvcc' is no file"):
+        toolchain.find_nvcc()
+
+
+def test_packages_that_do_not_fit_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_package_file", lambda package, relative: Path("/p/nvcc"))
+    monkeypatch.setattr(
+        metadata, "version", lambda name: {"nvidia-cuda-nvcc": "13.0.88", "nvidia-nvvm": "13.5.37"}[name]
+    )
+    said = toolchain.package_mismatch(Path("/p/nvcc"))
+    assert said is not None
+    assert "pip install 'nvidia-nvvm==13.0.*'" in said
+
+
+@given(
+    slot=st.integers(1, 512).map(lambda n: n * 16),
+    total=st.integers(1, 1 << 34),
+    direction=st.sampled_from([_kv.Direction.EXPORT, _kv.Direction.IMPORT]),
+    sms=st.integers(1, 132),
+)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_chosen_shapes_are_ones_the_kernels_take(slot: int, total: int, direction: _kv.Direction, sms: int) -> None:
+    config = _kv.select_copy_config(slot, total, direction, sms)
+    _kv.check_copy_config(config, slot)
+    assert 1 <= config.sms <= sms
+    assert config.shared_bytes <= SHARED_LIMIT
+    assert (config.method == "vector") == (slot < 512)
+
+
+@pytest.mark.parametrize(
+    ("given_config", "message"),
+    [
+        (("warp", 16, 4, 4, 8192), "method=warp"),
+        (("bulk", 0, 4, 4, 8192), "sms=0"),
+        (("bulk", 16, 9, 4, 8192), "warps=9"),
+        (("bulk", 16, 4, 2, 8192), "stages=2"),
+        (("bulk", 16, 4, 4, 1024), "stage_bytes=1024"),
+        (("bulk", 16, 8, 8, 8192), "exceeds a block's shared memory"),
+    ],
+)
+def test_impossible_shapes_are_refused(given_config: tuple[str, int, int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _kv.check_copy_config(_kv.CopyConfig(*given_config), 2048)
+
+
+@pytest.mark.parametrize(
+    ("plane", "message"),
+    [((8, 64, 64), "base=8"), ((16, 64, 60), "bytes=60"), ((16, 32, 64), "stride=32"), ((16, 64, 0), "bytes=0")],
+)
+def test_planes_that_vectors_cannot_move_are_refused(plane: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"plane 0: {message}.*multiple of 16"):
+        _kv.plan_page_layout([_kv.Plane(*plane)], _kv.ArenaLayout.PAGE_FIRST, 1 << 21)
+
+
+def test_a_page_larger_than_a_chunk_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no page of 4096 bytes"):
+        _kv.plan_page_layout([_kv.Plane(16, 4096, 4096)], _kv.ArenaLayout.PAGE_FIRST, 4096)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(KvError, match=r"device=99|built without CUDA"):
+        CudaBackend(99)
