@@ -1,7 +1,7 @@
-"""Which role each evaluator GPU has, which job runs next, how much may be forked: pure functions, state in, decision out.
+"""Which role each evaluator GPU has, which job runs next, how much may be forked: pure functions.
 
-The live pool, the replay and the simulator (bench/elastic.py) call the same functions; policy_state.py feeds them from
-incremental counts, so that a decision costs the same at 4 GPUs and at 1,024. All times are seconds of one monotonic clock.
+Pool and simulator (bench/elastic.py) call the same ones; policy_state.py feeds them from incremental counts, so that a
+decision costs the same at 4 GPUs and at 1,024. All times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -42,21 +42,25 @@ class PolicyConfig:
     horizon_s: time in which a backlog should drain; a shorter one follows the queues more than the arrival rates.
     margin: hysteresis, in GPUs (plus margin_share of the pool): the excess that a role gives away while it has work.
     rate_tau_s: time constant of the arrival rates.  service_weight: weight of a new service time in its estimate.
-    head_start_s: attained GPU-seconds that a search may be ahead by, by the urgency of its first job.
+    head_start_s: attained GPU-seconds, or seconds of age, that the urgency of its first job lets a search forward by.
+    fair_after_s: backlog, in seconds per GPU, above which searches are served by attained GPU-seconds, not by age.
     credit_s: GPU-seconds below the least served search that one returning from idleness may start at.
-    reserve_share: idle GPUs kept ready in a role, as a share of the pool.  share_s: turn of a role on a single GPU.
+    reserve, reserve_share: idle GPUs kept ready in a role while the other has more: a number, a share of the pool.
+    share_s: turn of a role on a single GPU while the other role has work.
     quiet_slack: a quiet lease lasts that many times the expected seconds, at most quiet_max_s.
     """
 
     dwell_s: float = 2.0
-    switch_s: float = 0.5
+    switch_s: float = 0.25
     horizon_s: float = 20.0
     margin: float = 1.0
     margin_share: float = 0.05
     rate_tau_s: float = 60.0
     service_weight: float = 0.1
     head_start_s: tuple[float, float, float] = (20.0, 5.0, 0.0)
-    credit_s: float = 30.0
+    fair_after_s: float = 30.0
+    credit_s: float = 100.0
+    reserve: int = 2
     reserve_share: float = 0.03
     share_s: float = 8.0
     quiet_slack: float = 2.0
@@ -95,7 +99,7 @@ class JobView(NamedTuple):
 class GpuView(NamedTuple):
     """An idle GPU. switched: when it last changed roles.  free_bytes, lent_bytes: of its memory, to the KV tier."""
 
-    index: int
+    number: int
     role: Role
     switched: float = NEVER
     free_bytes: int = 0
@@ -147,9 +151,19 @@ def urgency(job: JobView, newest_fork: int) -> Urgency:
     return Urgency.NEWEST if job.fork >= newest_fork else Urgency.REST
 
 
-def search_key(attained_s: float, weight: float, first: Urgency, config: PolicyConfig) -> float:
-    """Searches are served in this order: least attained GPU-seconds per weight, urgent jobs a bounded head start."""
+def fair_key(attained_s: float, weight: float, first: Urgency, config: PolicyConfig) -> float:
+    """While work waits long, searches are served in this order: least attained GPU-seconds per weight."""
     return attained_s / weight - config.head_start_s[first]
+
+
+def age_key(oldest: float, first: Urgency, config: PolicyConfig) -> float:
+    """While everyone is served soon, searches are served in this order: longest wait of a job (submitted at oldest)."""
+    return oldest - config.head_start_s[first]
+
+
+def fairness_binds(load: RoleLoad, gpus: int, config: PolicyConfig) -> bool:
+    """Whether a role's backlog is so long that serving the oldest first would give the pool to who asks most."""
+    return load.waiting_s > config.fair_after_s * gpus
 
 
 def work_s(load: RoleLoad, config: PolicyConfig) -> float:
@@ -206,8 +220,8 @@ def should_prepare(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, con
     """Whether an idle GPU switches although nothing waits, so that the next job of the other role finds one ready."""
     if own.waiting or other.waiting or not may_switch(gpu, now, config) or other.arrival_per_s <= 0:
         return False
-    reserve = max(1, round(config.reserve_share * (own.gpus + other.gpus)))
-    return other.idle < reserve and own.idle > reserve
+    reserve = max(config.reserve, round(config.reserve_share * (own.gpus + other.gpus)))
+    return other.idle < reserve and own.idle - other.idle >= 2
 
 
 class Admission(NamedTuple):
@@ -240,7 +254,7 @@ def admit(
 
 
 def to_reclaim(gpu: GpuView, need_bytes: int, chunk_bytes: int = 1) -> int:
-    """Bytes of lent memory to ask back so that a job that needs need_bytes can start: whole chunks, never more than lent."""
+    """Bytes of lent memory to ask back so that a job of need_bytes can start: whole chunks, never more than lent."""
     missing = need_bytes - gpu.free_bytes
     if missing <= 0:
         return 0
@@ -253,11 +267,11 @@ def reclaim_ahead(gpus: list[GpuView], starts_per_s: float, lead_s: float, need_
     GPUs with the least to give back come first, so that the KV tier loses least. lead_s: how long asking back takes.
     """
     wanted = ceil(starts_per_s * lead_s)
-    short = {gpu.index: to_reclaim(gpu, need_bytes) for gpu in gpus}
+    short = {gpu.number: to_reclaim(gpu, need_bytes) for gpu in gpus}
     wanted -= sum(1 for missing in short.values() if missing == 0)
-    able = [gpu for gpu in gpus if short[gpu.index] and gpu.free_bytes + gpu.lent_bytes >= need_bytes]
-    able.sort(key=lambda gpu: (short[gpu.index], gpu.index))
-    return {gpu.index: short[gpu.index] for gpu in able[: max(0, wanted)]}
+    able = [gpu for gpu in gpus if short[gpu.number] and gpu.free_bytes + gpu.lent_bytes >= need_bytes]
+    able.sort(key=lambda gpu: (short[gpu.number], gpu.number))
+    return {gpu.number: short[gpu.number] for gpu in able[: max(0, wanted)]}
 
 
 def quiet_s(role: Role, expected_s: float, config: PolicyConfig) -> float:

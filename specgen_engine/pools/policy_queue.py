@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .policy import JobView, PolicyConfig, Urgency, search_key
+from .policy import JobView, PolicyConfig, Urgency, age_key, fair_key
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class _Line:
 
 
 class FairQueue:
-    """Searches by attained GPU-seconds, jobs of a search by urgency (policy.search_key, policy.urgency).
+    """Searches by attained GPU-seconds, jobs of a search by urgency (policy.age_key, fair_key, policy.urgency).
 
     Cancelled jobs leave at once from the counts and lazily from the lines. searches is shared by the queues of a pool.
     """
@@ -50,7 +50,8 @@ class FairQueue:
         self.jobs: dict[str, JobView] = {}
         self.waiting_s = 0.0
         self._lines: dict[str, _Line] = {}
-        self._heap: list[Waiting] = []
+        self._by_share: list[Waiting] = []
+        self._by_age: list[Waiting] = []
         self._ages: deque[JobView] = deque()
         self._numbers = 0
 
@@ -79,13 +80,17 @@ class FairQueue:
             line.forks.append(job)
         self.refresh(job.search)
 
-    def pop(self) -> JobView | None:
-        """The next job, removed; None when nothing waits. The caller charges its search, then calls refresh."""
-        while self._heap:
-            first = heapq.heappop(self._heap)
-            line = self._lines.get(first.search)
-            if line is None or line.number != first.number:
+    def pop(self, *, fair: bool) -> JobView | None:
+        """The next job, removed; None when nothing waits. The caller charges its search, then calls refresh.
+
+        fair: by attained GPU-seconds of the searches, else by age (policy.fairness_binds).
+        """
+        heap = self._by_share if fair else self._by_age
+        while heap:
+            first = heapq.heappop(heap)
+            if not self._current(first):
                 continue
+            line = self._lines[first.search]
             line.number = -1
             job = self._take(line, self.searches[first.search].newest_fork)
             if job is None:
@@ -107,11 +112,18 @@ class FairQueue:
         state = self.searches[search]
         self._numbers += 1
         line.number = self._numbers
-        key = search_key(state.attained_s, state.weight, first, self.config)
-        heapq.heappush(self._heap, Waiting(key, line.number, search))
-        if len(self._heap) > 64 + 4 * len(self._lines):
-            self._heap = [one for one in self._heap if self._current(one)]
-            heapq.heapify(self._heap)
+        oldest = (line.forks[0] if line.forks else line.ends[0][-1]).submitted
+        fair = fair_key(state.attained_s, state.weight, first, self.config)
+        heapq.heappush(self._by_share, Waiting(fair, line.number, search))
+        heapq.heappush(self._by_age, Waiting(age_key(oldest, first, self.config), line.number, search))
+        self._by_share, self._by_age = self._compact(self._by_share), self._compact(self._by_age)
+
+    def _compact(self, heap: list[Waiting]) -> list[Waiting]:
+        if len(heap) <= 64 + 4 * len(self._lines):
+            return heap
+        kept = [one for one in heap if self._current(one)]
+        heapq.heapify(kept)
+        return kept
 
     def remove(self, job_id: str) -> JobView | None:
         job = self.jobs.get(job_id)

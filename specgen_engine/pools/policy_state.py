@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .policy import (
     NEVER,
+    Admission,
     GpuView,
     JobView,
     PolicyConfig,
     Rate,
     Role,
     RoleLoad,
-    may_switch,
+    admit,
+    fairness_binds,
     quiet_s,
     should_prepare,
     should_switch,
 )
 from .policy_queue import FairQueue, SearchState
-
-SETTLES = 4
 
 
 class Assignment(NamedTuple):
@@ -62,23 +62,40 @@ class _Gpu:
     switched: float = NEVER
     job: JobView | None = None
     idle: bool = True
-    started: float = 0.0
+
+
+class Snapshot(NamedTuple):
+    """A whole pool at one moment. gpus: the idle ones.  busy: GPUs at work, by role.
+
+    searches: (name, weight, attained_s) each.
+
+    arrival_per_s, service_s: estimates by role.
+    """
+
+    now: float
+    gpus: tuple[GpuView, ...]
+    busy: dict[Role, int]
+    jobs: tuple[JobView, ...]
+    searches: tuple[tuple[str, float, float], ...]
+    arrival_per_s: dict[Role, float]
+    service_s: dict[Role, float]
 
 
 class PoolState:
     """Queues, estimates, GPUs and searches of one pool, and what to do next with them.
 
-    Events: add_gpu, remove_gpu, add_search, submit, release, cancel, cancel_search; then decide. Every call raises ValueError
-    naming what it got when a GPU, job or search is unknown or known already; the state is then unchanged.
+    Events: add_gpu, remove_gpu, add_search, submit, release, cancel, cancel_search; then decide. Every call raises
+    ValueError naming what it got when a GPU, job or search is unknown or known already; the state is then unchanged.
     """
 
-    def __init__(self, config: PolicyConfig | None = None, *, role_change: bool = True) -> None:
+    def __init__(self, config: PolicyConfig | None = None) -> None:
         self.config = config or PolicyConfig()
-        self.role_change = role_change
         self.searches: dict[str, SearchState] = {}
         self.queues = {role: FairQueue(self.searches, self.config) for role in Role}
         self._gpus: dict[int, _Gpu] = {}
         self._idle: dict[Role, dict[int, None]] = {role: {} for role in Role}
+        self._movable: dict[Role, dict[int, None]] = {role: {} for role in Role}
+        self._dwelling: list[tuple[float, int]] = []
         self._counts = dict.fromkeys(Role, 0)
         self._rates = dict.fromkeys(Role, Rate())
         self._service = dict.fromkeys(Role, 0.0)
@@ -87,12 +104,19 @@ class PoolState:
         self._deadlines: list[tuple[float, str, Role]] = []
         self._floor = 0.0
 
-    def add_gpu(self, index: int, role: Role) -> None:
+    def add_gpu(self, index: int, role: Role, switched: float = NEVER) -> None:
         if index in self._gpus:
             raise ValueError(f"gpu={index}: it is in the pool already")
-        self._gpus[index] = _Gpu(role)
+        self._gpus[index] = _Gpu(role, switched)
         self._counts[role] += 1
-        self._idle[role][index] = None
+        self._rest(index)
+
+    def add_busy_gpu(self, role: Role) -> int:
+        """A GPU that works for this role on something else; returns the negative index it is known by, for release."""
+        index = -1 - len(self._gpus)
+        self._gpus[index] = _Gpu(role, idle=False)
+        self._counts[role] += 1
+        return index
 
     def remove_gpu(self, index: int) -> JobView | None:
         """A GPU left or was lost; returns the job that ran on it, no longer known here, to be retried or reported."""
@@ -100,9 +124,12 @@ class PoolState:
         del self._gpus[index]
         self._counts[gpu.role] -= 1
         self._idle[gpu.role].pop(index, None)
+        self._movable[gpu.role].pop(index, None)
         if gpu.job is not None:
             del self._running[gpu.job.id]
-            self.searches[gpu.job.search].running -= 1
+            state = self.searches[gpu.job.search]
+            state.running -= 1
+            state.attained_s -= gpu.job.expected_s
         return gpu.job
 
     def add_search(self, search: str, weight: float = 1.0) -> None:
@@ -143,8 +170,7 @@ class PoolState:
         gpu = self._gpu(index)
         if gpu.idle:
             raise ValueError(f"gpu={index}: it has nothing to be released from")
-        gpu.idle = True
-        self._idle[gpu.role][index] = None
+        self._rest(index)
         job, gpu.job = gpu.job, None
         if job is None:
             return None
@@ -181,10 +207,17 @@ class PoolState:
         """Forget a search that has no jobs left."""
         state = self.searches.get(search)
         if state is None or state.waiting or state.running:
-            raise ValueError(f"search={search!r}: {'unknown' if state is None else 'it still has jobs; cancel them first'}")
+            raise ValueError(
+                f"search={search!r}: {'unknown' if state is None else 'it still has jobs; cancel them first'}"
+            )
         del self.searches[search]
         for role in Role:
             self._measured.pop((search, role), None)
+
+    def estimate(self, role: Role, arrival_per_s: float, service_s: float, now: float) -> None:
+        """Set what has been learnt of a role, as when a pool starts again from its journal."""
+        self._rates[role] = Rate(arrival_per_s, now)
+        self._service[role] = service_s or self._service[role]
 
     def load(self, role: Role, now: float) -> RoleLoad:
         queue = self.queues[role]
@@ -198,77 +231,75 @@ class PoolState:
             queue.oldest,
         )
 
+    def admission(
+        self, wanted: int, remaining_s: float, now: float, *, compile_s: float, generate_s: float
+    ) -> Admission:
+        """Advice for a search that would make `wanted` forks now (policy.admit)."""
+        loads = self.load(Role.VALIDATE, now), self.load(Role.PROFILE, now)
+        return admit(wanted, remaining_s, *loads, compile_s=compile_s, generate_s=generate_s)
+
     def decide(self, now: float) -> Decision:
-        """Give jobs to idle GPUs; afterwards no idle GPU could take a waiting job without breaking the switching rules."""
+        """Give jobs to idle GPUs. Afterwards a GPU idles beside waiting work only where the switching rules say so."""
+        self._wake(now)
         expired = tuple(self._expire(now))
         assignments: list[Assignment] = []
-        wake_at: float | None = None
-        for role in self._order():
+        for role in (Role.PROFILE, Role.VALIDATE):
             while self._idle[role] and len(self.queues[role]):
                 assignments.append(self._serve(role, now))
-        if self.role_change:
-            for role in Role:
-                wake_at = self._lend(role, now, assignments, wake_at)
+        for role in Role:
+            self._lend(role, now, assignments)
+        waiting = any(len(queue) for queue in self.queues.values())
+        wake_at = self._dwelling[0][0] if waiting and self._dwelling else None
         return Decision(tuple(assignments), expired, wake_at)
 
     def gpu_roles(self) -> dict[int, Role]:
         return {index: gpu.role for index, gpu in self._gpus.items()}
 
-    def _order(self) -> Iterable[Role]:
-        return Role.PROFILE, Role.VALIDATE
-
     def _serve(self, role: Role, now: float) -> Assignment:
         """One idle GPU of a role that has work: usually the next job, or a switch to the other role."""
-        index = next(reversed(self._idle[role]))
-        if self.role_change and len(self.queues[role.other]) and not self._idle[role.other]:
-            gpu = self._gpus[index]
-            view = GpuView(index, role, gpu.switched)
-            if should_switch(view, self.load(role, now), self.load(role.other, now), now, self.config):
-                return self._start(index, role.other, now)
-        return self._start(index, role, now)
+        other = role.other
+        if self._movable[role] and len(self.queues[other]) and not self._idle[other]:
+            view = self._view(next(iter(self._movable[role])))
+            if should_switch(view, self.load(role, now), self.load(other, now), now, self.config):
+                return self._start(view.number, other, now)
+        return self._start(next(reversed(self._idle[role])), role, now)
 
-    def _lend(self, role: Role, now: float, out: list[Assignment], wake_at: float | None) -> float | None:
+    def _lend(self, role: Role, now: float, out: list[Assignment]) -> None:
         """Idle GPUs of a role without work: to where work waits, or ready for what will come."""
         other = role.other
-        if len(self.queues[role]):
-            return wake_at
-        for index in list(self._idle[role])[:SETTLES] if not len(self.queues[other]) else list(self._idle[role]):
-            gpu = self._gpus[index]
-            view = GpuView(index, role, gpu.switched)
+        while self._movable[role] and not len(self.queues[role]):
+            view = self._view(next(iter(self._movable[role])))
             own, theirs = self.load(role, now), self.load(other, now)
-            if theirs.waiting and not may_switch(view, now, self.config):
-                ready = gpu.switched + self.config.dwell_s
-                wake_at = ready if wake_at is None else min(wake_at, ready)
-            elif should_switch(view, own, theirs, now, self.config):
-                out.append(self._start(index, other, now))
+            if should_switch(view, own, theirs, now, self.config):
+                out.append(self._start(view.number, other, now))
             elif should_prepare(view, own, theirs, now, self.config):
-                out.append(self._switch_only(index, other, now))
-            elif not theirs.waiting:
-                break
-        return wake_at
+                self._occupy(view.number, other, now)
+                out.append(Assignment(view.number, other, None, True, 0.0))
+            else:
+                return
 
     def _start(self, index: int, role: Role, now: float) -> Assignment:
-        job = self.queues[role].pop()
+        fair = fairness_binds(self.load(role, now), len(self._gpus), self.config)
+        job = self.queues[role].pop(fair=fair)
         assert job is not None
         gpu, state = self._gpus[index], self.searches[job.search]
         switch = self._occupy(index, role, now)
-        gpu.job, gpu.started = job, now
+        gpu.job = job
         self._running[job.id] = index
         state.waiting -= 1
         state.running += 1
-        self._floor = max(self._floor, state.attained_s / state.weight)
+        if fair:
+            self._floor = max(self._floor, state.attained_s / state.weight - max(self.config.head_start_s))
         state.attained_s += job.expected_s
         for queue in self.queues.values():
             queue.refresh(job.search)
         return Assignment(index, role, job, switch, quiet_s(role, job.expected_s, self.config))
 
-    def _switch_only(self, index: int, role: Role, now: float) -> Assignment:
-        self._occupy(index, role, now)
-        return Assignment(index, role, None, True, 0.0)
-
     def _occupy(self, index: int, role: Role, now: float) -> bool:
+        """The GPU is no longer idle; whether it has to switch."""
         gpu = self._gpus[index]
         del self._idle[gpu.role][index]
+        self._movable[gpu.role].pop(index, None)
         gpu.idle = False
         if gpu.role is role:
             return False
@@ -277,19 +308,55 @@ class PoolState:
         gpu.role, gpu.switched = role, now
         return True
 
+    def _rest(self, index: int) -> None:
+        gpu = self._gpus[index]
+        gpu.idle = True
+        self._idle[gpu.role][index] = None
+        heapq.heappush(self._dwelling, (gpu.switched + self.config.dwell_s, index))
+
+    def _wake(self, now: float) -> None:
+        """Idle GPUs whose dwell is over may switch from now on; entries of busy and lost ones are dropped."""
+        while self._dwelling and self._dwelling[0][0] <= now:
+            ready, index = heapq.heappop(self._dwelling)
+            gpu = self._gpus.get(index)
+            if gpu is not None and gpu.idle and gpu.switched + self.config.dwell_s == ready:
+                self._movable[gpu.role][index] = None
+
+    def _view(self, index: int) -> GpuView:
+        gpu = self._gpus[index]
+        return GpuView(index, gpu.role, gpu.switched)
+
     def _learn(self, job: JobView, busy_s: float) -> None:
         weight = self.config.service_weight
         self._service[job.role] += weight * (busy_s - self._service[job.role])
         own = self._measured.get((job.search, job.role), busy_s)
         self._measured[job.search, job.role] = own + 0.5 * (busy_s - own)
 
-    def _expire(self, now: float) -> Iterable[JobView]:
+    def _expire(self, now: float) -> Iterator[JobView]:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, job_id, role = heapq.heappop(self._deadlines)
             job = self.queues[role].remove(job_id)
             if job is not None:
                 self.searches[job.search].waiting -= 1
                 yield job
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when counts, queues and GPUs contradict each other; for tests and idle moments."""
+        for role in Role:
+            of_role = [index for index, gpu in self._gpus.items() if gpu.role is role]
+            assert self._counts[role] == len(of_role), (
+                f"{role}: {self._counts[role]} GPUs counted, {len(of_role)} there"
+            )
+            assert set(self._idle[role]) == {index for index in of_role if self._gpus[index].idle}, f"{role}: idle GPUs"
+            assert set(self._movable[role]) <= set(self._idle[role]), f"{role}: movable GPUs that are not idle"
+        at_work = {gpu.job.id: index for index, gpu in self._gpus.items() if gpu.job is not None}
+        assert at_work == self._running, f"running: {self._running} noted, {at_work} at work"
+        for name, state in self.searches.items():
+            waiting = sum(job.search == name for queue in self.queues.values() for job in queue)
+            running = sum(self._job(index).search == name for index in at_work.values())
+            assert (state.waiting, state.running) == (waiting, running), (
+                f"{name}: {state}, {waiting} wait, {running} run"
+            )
 
     def _gpu(self, index: int) -> _Gpu:
         if index not in self._gpus:
@@ -300,3 +367,23 @@ class PoolState:
         job = self._gpus[index].job
         assert job is not None
         return job
+
+
+def plan(snapshot: Snapshot, config: PolicyConfig | None = None) -> Decision:
+    """The decision for a whole pool, from nothing but its snapshot: what PoolState.decide says after the same events.
+
+    Raises ValueError for a job of a search that the snapshot does not name.
+    """
+    state = PoolState(config)
+    for name, weight, attained_s in snapshot.searches:
+        state.add_search(name, weight)
+        state.searches[name].attained_s = attained_s
+    for gpu in snapshot.gpus:
+        state.add_gpu(gpu.number, gpu.role, gpu.switched)
+    for job in sorted(snapshot.jobs, key=lambda job: (job.submitted, job.fork)):
+        state.submit(job, snapshot.now)
+    for role in Role:
+        state.estimate(role, snapshot.arrival_per_s.get(role, 0.0), snapshot.service_s.get(role, 0.0), snapshot.now)
+        for _ in range(snapshot.busy.get(role, 0)):
+            state.add_busy_gpu(role)
+    return state.decide(snapshot.now)
