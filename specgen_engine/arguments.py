@@ -26,7 +26,9 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
         settings = config.from_arguments(args)
         _refuse_modes(server_args)
         server_args.__dict__["specgen"] = settings
+        # The scheduler's too: a child made by fork, not spawn, inherits them and loads no plugins again.
         plugin.activate("server")
+        plugin.activate("scheduler")
         plugin.mark_active()
     except SpecGenError as error:
         _refuse(str(error))

@@ -94,7 +94,9 @@ def test_a_stray_variable_does_not_activate_a_process(monkeypatch: pytest.Monkey
 
 
 def test_without_the_flag_only_the_argument_hooks_are_active() -> None:
-    assert active_after(["--model-path", "/nonexistent-but-unread", "--device", "cpu", "--load-format", "dummy"]) >= set()
+    assert (
+        active_after(["--model-path", "/nonexistent-but-unread", "--device", "cpu", "--load-format", "dummy"]) >= set()
+    )
 
 
 def test_refused_modes_each_say_what_to_do() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from specgen_engine.errors import SpecGenError
+from specgen_engine.serving.preload import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,22 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(
-    arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 600
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 600,
+    template: Template | None = None,
 ) -> Iterator[Server]:
     """`python -m sglang.launch_server ARGUMENTS --port FREE`, healthy; on leaving, its whole process tree is dead.
 
-    Raises SpecGenError with the log's last error line when the server ends or is not healthy within timeout_s.
+    template: fork the server from it (tests) instead of starting a new interpreter. Raises SpecGenError with the log's
+    last error line when the server ends or is not healthy within timeout_s.
     """
     port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    variables = dict(os.environ if environment is None else environment)
+    words = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
     started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+    process = psutil.Process(template.start(words, variables, log) if template else _launch(words, log, variables))
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_healthy(process, url, log, started + timeout_s)
@@ -59,18 +63,33 @@ def running_server(
         kill_tree(process)
 
 
-def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path, deadline: float) -> None:
+def _launch(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+        ).pid
+
+
+def _wait_healthy(process: psutil.Process, url: str, log: Path, deadline: float) -> None:
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SpecGenError(f"the server ended with status {process.returncode}: {last_error(log)}")
+        if not _alive(process):
+            raise SpecGenError(f"the server ended before it was up: {last_error(log)}")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             pass
         time.sleep(0.25)
-    raise SpecGenError(f"the server was not healthy in time; its log is {log}: {last_error(log)}")
+    raise SpecGenError(f"the server was not healthy in time: {last_error(log)}")
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def last_error(log: Path) -> str:
@@ -80,10 +99,10 @@ def last_error(log: Path) -> str:
     return (errors or lines or ["(empty log)"])[-1][:400]
 
 
-def kill_tree(process: subprocess.Popen[bytes], grace_s: float = 5) -> None:
+def kill_tree(process: psutil.Process, grace_s: float = 5) -> None:
     """SIGTERM, then SIGKILL, to the process, its group and every descendant."""
     try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        family = [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
         family = []
     for one in family:
@@ -91,11 +110,11 @@ def kill_tree(process: subprocess.Popen[bytes], grace_s: float = 5) -> None:
     _, alive = psutil.wait_procs(family, timeout=grace_s)
     for one in alive:
         _signal(one, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=grace_s)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
-    process.wait()
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
