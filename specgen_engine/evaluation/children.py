@@ -137,7 +137,7 @@ def _set_environment(scratch: Path, environment: dict[str, str]) -> None:
 def _set_limits(limits: EvaluationLimits, cap_memory: bool) -> None:
     wanted = {  # no RLIMIT_CPU: it makes the process's CPU clock advance by scheduler ticks of 4 ms only
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 4 << 40,  # regions are sparse; what is written is capped by memory and scratch
+        resource.RLIMIT_FSIZE: limits.memory_bytes,
         resource.RLIMIT_NOFILE: 4096,
         resource.RLIMIT_NPROC: 4096,
     }
@@ -167,19 +167,15 @@ def innermost(pid: int, around: int) -> int:
     return pid
 
 
-def private_bytes(pid: int) -> tuple[int, int]:
-    """(private resident bytes, processes) of a process and all below it."""
+def held_bytes(pid: int) -> tuple[int, int]:
+    """(anonymous and shared resident bytes, processes) of a process and all below it."""
     total = count = 0
-    try:
-        processes = [psutil.Process(pid), *descendants(pid)]
-    except psutil.Error:
-        return 0, 0
-    for process in processes:
+    for process in (pid, *(below.pid for below in descendants(pid))):
         try:
-            memory = process.memory_info()
-        except psutil.Error:
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        except OSError:
             continue
-        total += max(0, memory.rss - memory.shared)
+        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
         count += 1
     return total, count
 

@@ -69,6 +69,7 @@ class Evaluation:
                     self._check_hidden()
                 return result
         finally:
+            self.worker.end(self.worker.candidate)
             for fd in regions:
                 os.close(fd)
 
@@ -239,8 +240,6 @@ def evaluate(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
         }
     except Ended as ended:
         verdict |= {"status": ended.status, "reason": ended.reason, "digest": ended.digest}
-    finally:
-        worker.end(worker.candidate)
     return {"job": evaluation.job, "verdict": verdict | {"stages": evaluation.stages}}
 
 

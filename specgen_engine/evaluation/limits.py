@@ -29,7 +29,7 @@ class EvaluationLimits:
     compile_s: float = 180.0
     check_s: float = 30.0
     time_s: float = 30.0
-    timing_budget_s: float = 1.0
+    timing_budget_s: float = 0.6
     precision: float = 0.03
     memory_bytes: int = 8 << 30
     output_bytes: int = 1 << 20

@@ -79,6 +79,7 @@ class Worker:
         self.judge: Child | None = None
         self.judge_key = ""
         self.candidate: Child | None = None
+        self.regions: tuple[int, int] = (-1, -1)  # those of the candidate that runs
         self.job = ""
         self.stage = "import"
         self.level = sandbox.level(limits.sandbox)
@@ -199,7 +200,8 @@ class Worker:
         child = self.candidate
         if child is None or child.ended:
             return
-        used, count = children.private_bytes(child.pid)
+        used, count = children.held_bytes(child.pid)
+        used = max(used, *(os.fstat(fd).st_blocks << 9 for fd in self.regions))
         if used > self.limits.memory_bytes:
             raise Ended(Status.RUNTIME_ERROR, f"out of memory: it holds more than {self.limits.memory_bytes >> 20} MiB")
         if count > self.limits.processes:
@@ -265,6 +267,7 @@ class Worker:
             subject.main(channel, candidate, device, regions, source_bytes)
 
         extra = {"TORCH_EXTENSIONS_DIR": str(build / "torch"), "TRITON_CACHE_DIR": str(build / "triton")}
+        self.regions = regions
         self.candidate = self.fork("candidate", entry, regions, extra)
         self.candidate.pending = 1
         return self.candidate

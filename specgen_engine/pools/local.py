@@ -105,6 +105,7 @@ class _Slot:
         self.writer: asyncio.StreamWriter | None = None
         self.ready = asyncio.Event()
         self.sandbox = ""
+        self.task = ""  # the hash of the one whose reference it has at hand
         self.restarts = 0
         self.fault = ""
 
@@ -114,6 +115,7 @@ class _Slot:
             started = time.monotonic()
             await self._life()
             self.ready.clear()
+            self.task = ""
             lost, self.job = self.job, None
             if lost is not None:
                 self.pool.retry(lost)
@@ -190,7 +192,7 @@ class _Slot:
             self.writer.write(json.dumps(message).encode() + b"\n")
 
     def give(self, job: LocalJob) -> None:
-        self.job, job.slot = job, self
+        self.job, job.slot, self.task = job, self, job.task.hash
         job.queued_s = time.monotonic() - job.submitted
         task = {"source": job.task.source, "name": job.task.name}
         message: dict[str, object] = {"op": "check_task", "job": job.id, "task": task}
@@ -295,7 +297,8 @@ class LocalPool:
             idle = [slot for slot in self._slots if slot.ready.is_set() and slot.job is None]
             if not idle:
                 return
-            idle[0].give(heapq.heappop(self._queue))
+            job = heapq.heappop(self._queue)
+            next((slot for slot in idle if slot.task == job.task.hash), idle[0]).give(job)
 
     def retry(self, job: LocalJob) -> None:
         """The worker of a job died under it: once more, then it is a crash."""

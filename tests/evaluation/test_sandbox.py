@@ -16,7 +16,7 @@ from specgen_engine.evaluation.base import Candidate, Status, Verdict
 
 from .conftest import LIMITS, TASK, PoolThread, module
 
-MARK = "3600.125"
+MARK = f"3600.{os.getpid()}"
 ESCAPES = f"""
 import os, time
 for _ in range(3):
