@@ -140,7 +140,7 @@ def _median(rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
 
 def print_table(summary: list[dict[str, Any]]) -> None:
     table = Table(title="elastic, medians over seeds; missed goals in brackets", title_justify="left")
-    for name in ("scenario", "gpus", "searches", "seeds", "util", "held", "whole", "useful", "p50 s", "p95 s", "fifo p95",
+    for name in ("scenario", "gpus", "searches", "seeds", "util", "held", "whole", "useful", "p50 s", "p95 s", "fifo",
                  "best static", "/best", "median/", "share", "switch/GPU s", "us p99"):  # fmt: skip
         table.add_column(name, justify="left" if name == "scenario" else "right")
 
@@ -181,7 +181,8 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: list[dict[str, Any]]) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = [row for row in summary if row["name"] in FIVE and row["gpus"] == 16]
+    gpus = max(row["gpus"] for row in summary if row["name"] in FIVE and row["gpus"] <= ALL_SPLITS)
+    cases = [row for row in summary if row["name"] in FIVE and row["gpus"] == gpus]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2))
     for place, case in enumerate(cases):
         own = [row for row in rows if (row["name"], row["gpus"]) == (case["name"], case["gpus"])]
@@ -210,9 +211,8 @@ def plot(path: Path, rows: list[dict[str, Any]], summary: list[dict[str, Any]]) 
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench.elastic", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    plain = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="bench.elastic", description=__doc__, formatter_class=plain)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and seeds: about a minute")
     parser.add_argument("--seed", type=int, default=0, help="first seed; the others follow it")
     parser.add_argument("--json", type=Path, help="write the report here")

@@ -116,7 +116,7 @@ class Result(NamedTuple):
     utilisation_held: also while the only jobs not begun are held by GPUs that change roles.
     utilisation_whole: of the whole run.  utilisation_useful: of it, what was neither superseded nor cancelled.
     feedback_s: from compiled to judged, what the pool decides; submit_s: from submitted, so with the compile.
-    min_share: min_fair_share.  switch_gap_s: least time between two switches of one GPU.  decision_*: submit or release,
+    min_share: min_fair_share.  switch_gap_s: least time between two switches of a GPU.  decision_*: submit or release,
     and decide, in microseconds of this machine.
     """
 

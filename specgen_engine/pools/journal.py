@@ -1,11 +1,11 @@
 """The job journal: one SQLite file that says of every job whether it waits, runs or is over, across crashes.
 
-A job is over once. A process that dies leaves its jobs `running`; recover() gives them back to be retried, or reports them
-when they have been tried often enough. Each start hands out an attempt number, and only the latest attempt may finish a job,
-so a worker that was taken for dead cannot add a second outcome.
+A job is over once. A process that dies leaves its jobs `running`; recover() gives them back to be retried, or reports
+them when they have been tried often enough. Each start hands out an attempt number, and only the latest attempt may
+finish a job, so a worker that was taken for dead cannot add a second outcome.
 
-Write-ahead log with synchronous=NORMAL: a killed process loses nothing that was committed; a machine that loses power may
-lose the last commits, but not the file. A log (-wal) cut short after a crash of the machine is not told from a clean one.
+Write-ahead log with synchronous=NORMAL: a killed process loses nothing that was committed; a machine that loses power
+may lose the last commits, but not the file. A log (-wal) cut short by that is not told from a clean one.
 """
 
 from __future__ import annotations
@@ -120,13 +120,14 @@ class Journal:
         """End a job without a result (cancelled, past its deadline); False when it is over already or unknown."""
         with self._clear():
             done = self._db.execute(
-                "UPDATE jobs SET state = 'reported', outcome = ?, ended = ? WHERE id = ? AND state IN ('queued', 'running')",
+                "UPDATE jobs SET state = 'reported', outcome = ?, ended = ? "
+                "WHERE id = ? AND state IN ('queued', 'running')",
                 (outcome, time.time(), job),
             )
         return done.rowcount == 1
 
     def recover(self, owner: str | None = None, *, tries: int = 2, outcome: str = "crash") -> Recovered:
-        """After the death of owner (None: of everyone): its running jobs wait again, or after `tries` starts are over."""
+        """After the death of owner (None: of all): its running jobs wait again, or after `tries` starts are over."""
         mine = "state = 'running' AND (? IS NULL OR owner = ?)"
         with self._clear(), self._transaction():
             lost = self._entries(f"{mine} AND attempt >= ?", owner, owner, tries)
@@ -204,7 +205,7 @@ class Journal:
             if "disk image is malformed" in str(error):
                 raise JournalError(self._cut()) from error
             raise JournalError(
-                f"{self.path}: {error}; see that the file can be written and its disk has room"
+                f"{self.path}: {error}; see that it can be written and its disk has room"
             ) from error
         except sqlite3.IntegrityError:
             raise

@@ -268,7 +268,7 @@ def reclaim_ahead(gpus: list[GpuView], starts_per_s: float, lead_s: float, need_
     """
     wanted = ceil(starts_per_s * lead_s)
     short = {gpu.number: to_reclaim(gpu, need_bytes) for gpu in gpus}
-    wanted -= sum(1 for missing in short.values() if missing == 0)
+    wanted -= sum(gpu.free_bytes >= need_bytes for gpu in gpus)
     able = [gpu for gpu in gpus if short[gpu.number] and gpu.free_bytes + gpu.lent_bytes >= need_bytes]
     able.sort(key=lambda gpu: (short[gpu.number], gpu.number))
     return {gpu.number: short[gpu.number] for gpu in able[: max(0, wanted)]}

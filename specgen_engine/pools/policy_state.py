@@ -68,7 +68,6 @@ class Snapshot(NamedTuple):
     """A whole pool at one moment. gpus: the idle ones.  busy: GPUs at work, by role.
 
     searches: (name, weight, attained_s) each.
-
     arrival_per_s, service_s: estimates by role.
     """
 
@@ -104,19 +103,14 @@ class PoolState:
         self._deadlines: list[tuple[float, str, Role]] = []
         self._floor = 0.0
 
-    def add_gpu(self, index: int, role: Role, switched: float = NEVER) -> None:
+    def add_gpu(self, index: int, role: Role, switched: float = NEVER, *, idle: bool = True) -> None:
+        """idle: False for one that still starts, or works on a job of an earlier life; release it when it is ready."""
         if index in self._gpus:
             raise ValueError(f"gpu={index}: it is in the pool already")
-        self._gpus[index] = _Gpu(role, switched)
+        self._gpus[index] = _Gpu(role, switched, idle=False)
         self._counts[role] += 1
-        self._rest(index)
-
-    def add_busy_gpu(self, role: Role) -> int:
-        """A GPU that works for this role on something else; returns the negative index it is known by, for release."""
-        index = -1 - len(self._gpus)
-        self._gpus[index] = _Gpu(role, idle=False)
-        self._counts[role] += 1
-        return index
+        if idle:
+            self._rest(index)
 
     def remove_gpu(self, index: int) -> JobView | None:
         """A GPU left or was lost; returns the job that ran on it, no longer known here, to be retried or reported."""
@@ -382,8 +376,10 @@ def plan(snapshot: Snapshot, config: PolicyConfig | None = None) -> Decision:
         state.add_gpu(gpu.number, gpu.role, gpu.switched)
     for job in sorted(snapshot.jobs, key=lambda job: (job.submitted, job.fork)):
         state.submit(job, snapshot.now)
+    number = max((gpu.number for gpu in snapshot.gpus), default=-1)
     for role in Role:
         state.estimate(role, snapshot.arrival_per_s.get(role, 0.0), snapshot.service_s.get(role, 0.0), snapshot.now)
         for _ in range(snapshot.busy.get(role, 0)):
-            state.add_busy_gpu(role)
+            number += 1
+            state.add_gpu(number, role, idle=False)
     return state.decide(snapshot.now)
