@@ -97,6 +97,8 @@ def torch_index(rig: Rig, direction: str) -> Move:
 
         memory = cupy.cuda.UnownedMemory(rig.base, rig.arena_bytes, rig, rig.device.index)
         arena = torch.from_dlpack(cupy.ndarray((rig.arena_bytes,), cupy.uint8, cupy.cuda.MemoryPointer(memory, 0)))
+        if arena.device != rig.device:
+            raise NotHere(f"torch takes the arena for memory of {arena.device}, where it isn't mapped")
     else:
         import ctypes
 

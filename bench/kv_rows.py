@@ -148,14 +148,15 @@ class RowMaker:
     ) -> dict[str, Any]:
         try:
             move = make()
+            right = (
+                self._pinned_right(rig, case) if name == "host-pinned" else self._verify(rig, direction, move, sets[0])
+            )
+            timing = measure(rig, [Job(move, sets)])
         except NotHere as error:
             return self._row(rig, case, name, direction, None, skipped=str(error))
-        verified = (
-            self._pinned_right(rig, case)
-            if name == "host-pinned"
-            else self._verify(rig, direction, move, sets[0], tagged=False)
-        )
-        return self._row(rig, case, name, direction, measure(rig, [Job(move, sets)]), verified=verified)
+        except RuntimeError as error:
+            return self._row(rig, case, name, direction, None, skipped=f"failed: {str(error).splitlines()[0]}")
+        return self._row(rig, case, name, direction, timing, verified=right)
 
     def _pinned_right(self, rig: Rig, case: Case) -> bool:
         """Out and back: the pool's bytes return after the pool was changed."""
@@ -175,10 +176,13 @@ class RowMaker:
             if not rig.on_gpu:
                 raise NotHere("needs a GPU")
             move = methods.sgl_kvcacheio(rig, direction, quota, self.args.sgl_kernel)
+            verified = methods.verify_sgl(rig, direction, move, sets[0])
+            timing = measure(rig, [Job(move, sets)])
         except NotHere as error:
             return self._row(rig, case, name, direction, None, skipped=str(error))
-        verified = methods.verify_sgl(rig, direction, move, sets[0])
-        return self._row(rig, case, name, direction, measure(rig, [Job(move, sets)]), verified=verified)
+        except RuntimeError as error:
+            return self._row(rig, case, name, direction, None, skipped=f"failed: {str(error).splitlines()[0]}")
+        return self._row(rig, case, name, direction, timing, verified=verified)
 
     def _both_ways(self, rig: Rig, case: Case) -> dict[str, Any]:
         pages = min(case.pages, rig.pages // 2)
@@ -241,7 +245,7 @@ class RowMaker:
             move(tables, self._stream(rig))
         rig.synchronize()
 
-    def _verify(self, rig: Rig, direction: str, move: Move, tables: Tables, tagged: bool) -> bool:
+    def _verify(self, rig: Rig, direction: str, move: Move, tables: Tables, tagged: bool = False) -> bool:
         run = lambda given: move(given, self._stream(rig))  # noqa: E731
         return (rig.verify_push if direction == "push" else rig.verify_pull)(run, tables, tagged)
 
@@ -252,6 +256,9 @@ class RowMaker:
         return int(torch.cuda.current_stream().cuda_stream)
 
 
+BOOK_BYTES = 32 * 12  # beside each stage: where its segments go
+
+
 def tuning_shapes(slot_bytes: int) -> list[Any]:
     """Rings from few large stages to many small ones, as many as a block's shared memory holds."""
     limit = 225 * 1024
@@ -259,7 +266,7 @@ def tuning_shapes(slot_bytes: int) -> list[Any]:
     for warps in (1, 2, 4, 8):
         for stage in (4096, 8192, 16384, 32768):
             stage_bytes = max(slot_bytes, stage // slot_bytes * slot_bytes)
-            stages = min(16, limit // (warps * stage_bytes))
+            stages = min(16, limit // (warps * (stage_bytes + BOOK_BYTES)))
             config = (warps, stages, stage_bytes)
             if stages >= 3 and stage_bytes <= 32 * slot_bytes and config not in listed:
                 listed.append(config)

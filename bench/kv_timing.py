@@ -18,6 +18,9 @@ HEAD_START_CYCLES = 2_000_000  # about a millisecond
 HEAD_START_PER_SAMPLE = 150_000  # the host enqueues a sample faster than this: the device never waits for it
 
 
+_streams: list[torch.cuda.Stream] = []
+
+
 class Timing(NamedTuple):
     """Microseconds of one transfer on the device."""
 
@@ -50,6 +53,13 @@ def _round(rig: Rig, jobs: Sequence[Job], samples: int) -> list[float]:
     return _events(jobs, samples) if rig.on_gpu else _wall(jobs, samples)
 
 
+def _side_streams(count: int) -> list[torch.cuda.Stream]:
+    """The same streams each time: torch hands out 32 in turn, and two of a sample's must not be one."""
+    while len(_streams) < count:
+        _streams.append(torch.cuda.Stream())
+    return _streams[:count]
+
+
 def _wall(jobs: Sequence[Job], samples: int) -> list[float]:
     times = []
     for sample in range(samples):
@@ -62,7 +72,7 @@ def _wall(jobs: Sequence[Job], samples: int) -> list[float]:
 
 def _events(jobs: Sequence[Job], samples: int) -> list[float]:
     main = torch.cuda.current_stream()
-    sides = [torch.cuda.Stream() for _ in jobs] if len(jobs) > 1 else [main]
+    sides = _side_streams(len(jobs)) if len(jobs) > 1 else [main]
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)]
     torch.cuda._sleep(HEAD_START_PER_SAMPLE * samples)
     for sample, (start, end) in enumerate(marks):

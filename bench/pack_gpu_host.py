@@ -105,6 +105,7 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--pip", default=shutil.which("pip") or "pip", help="the pip that downloads wheels")
+    parser.add_argument("--prebuilt", type=Path, help="an extension for the host's Python, should its build fail there")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     try:
@@ -113,6 +114,9 @@ def main() -> int:
     except (ToolchainError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if args.prebuilt is not None:
+        (args.out / "prebuilt").mkdir()
+        shutil.copyfile(args.prebuilt, args.out / "prebuilt" / args.prebuilt.name)
     (args.out / "COMMIT").write_text((commit() or "unknown") + "\n")
     kernel = pack_sgl_kernel(args.out / "sgl_kernel.so")
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())

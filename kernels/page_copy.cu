@@ -6,6 +6,10 @@
 namespace specgen {
 
 cudaError_t prepare_page_copy(uint32_t shared_bytes) {
+    // Asking for a kernel's attributes loads it: a first launch under stream capture must not.
+    cudaFuncAttributes attributes{};
+    const cudaError_t loaded = cudaFuncGetAttributes(&attributes, copy_pages_by_vector);
+    if (loaded != cudaSuccess) return loaded;
     return cudaFuncSetAttribute(copy_pages_by_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
 }
 
@@ -14,7 +18,7 @@ cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& sh
     if (shape.method == CopyMethod::kVector) {
         copy_pages_by_vector<<<shape.blocks, shape.warps * 32, 0, stream>>>(transfer, finished_blocks);
     } else {
-        const uint32_t shared_bytes = shape.warps * shape.stages * shape.stage_bytes;
+        const uint32_t shared_bytes = ring_bytes(shape.warps, shape.stages, shape.stage_bytes);
         const BulkShape ring{shape.stages, shape.stage_bytes, shape.timeout_ns};
         copy_pages_by_bulk<<<shape.blocks, shape.warps * 32, shared_bytes, stream>>>(transfer, ring, finished_blocks);
     }

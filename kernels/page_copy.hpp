@@ -19,7 +19,7 @@ struct LaunchShape {
     uint64_t timeout_ns;
 };
 
-// Raises the kernels' shared-memory limit on the current device: once, before the first launch or capture.
+// Loads the kernels and raises their shared-memory limit on the current device: once, before the first launch or capture.
 cudaError_t prepare_page_copy(uint32_t shared_bytes);
 
 // Enqueues one kernel, whatever the number of pages; neither allocates nor waits, so a CUDA graph can capture it.

@@ -35,28 +35,53 @@ __device__ inline void wait_or_trap(cutlass::arch::ClusterTransactionBarrier& ba
     }
 }
 
+// A segment's description as it lies in memory: fetched a batch ahead, so that no copy waits for the tables.
+struct Fetched {
+    Segment segment;
+    uint32_t device_index;
+    uint32_t arena_index;
+    bool active;
+};
+
+// A warp's stages in the block's shared memory.
+struct RingMemory {
+    uint8_t* stages;
+    uint64_t* targets;
+    uint32_t* sizes;
+    cutlass::arch::ClusterTransactionBarrier* barriers;
+
+    __device__ static RingMemory of_warp(uint8_t* memory, uint64_t* barrier_words, const BulkShape& shape, uint32_t warp, uint32_t warps) {
+        auto* targets = reinterpret_cast<uint64_t*>(memory + warps * shape.stages * shape.stage_bytes);
+        auto* sizes = reinterpret_cast<uint32_t*>(targets + warps * shape.stages * kSlotsPerStage);
+        auto* barriers = reinterpret_cast<cutlass::arch::ClusterTransactionBarrier*>(barrier_words);
+        const uint32_t first = warp * shape.stages;
+        return {memory + first * shape.stage_bytes, targets + first * kSlotsPerStage, sizes + first * kSlotsPerStage, barriers + first};
+    }
+};
+
 class WarpRing {
   public:
-    __device__ WarpRing(const PageTransfer& t, const Share& share, const BulkShape& shape, uint8_t* memory,
-                        cutlass::arch::ClusterTransactionBarrier* barriers)
-        : t_(t), share_(share), shape_(shape), memory_(memory), barriers_(barriers), lane_(threadIdx.x % 32),
-          per_stage_(min(32u, shape.stage_bytes / t.slot_bytes)) {}
+    __device__ WarpRing(const PageTransfer& t, const Share& share, const BulkShape& shape, const RingMemory& memory)
+        : t_(t), share_(share), shape_(shape), memory_(memory), lane_(threadIdx.x % 32),
+          per_stage_(min(kSlotsPerStage, shape.stage_bytes / t.slot_bytes)) {}
 
     __device__ void run(uint32_t warp, uint32_t warps) {
         const uint32_t batches = (share_.end - share_.begin + per_stage_ - 1) / per_stage_;
         const uint32_t mine = batches > warp ? (batches - warp + warps - 1) / warps : 0;
         const uint32_t ahead = shape_.stages - kStagesDraining;
         uint32_t load_stage = 0, store_stage = 0, phase = 0;
+        Fetched next = fetch(warp);
         for (uint32_t i = 0; i < mine + ahead; ++i) {
             if (i < mine) {
-                // Stage reuse: all but the newest kStagesDraining groups have been read out of shared memory.
+                // Stage reuse: all but the newest kStagesDraining - 1 groups have been read out of shared memory.
                 cute::tma_store_wait<kStagesDraining - 1>();
                 __syncwarp();
-                load(warp + i * warps, load_stage);
+                load(next, load_stage);
                 load_stage = load_stage + 1 == shape_.stages ? 0 : load_stage + 1;
+                next = fetch(warp + (i + 1) * warps);
             }
             if (i >= ahead) {
-                store(warp + (i - ahead) * warps, store_stage, phase);
+                store(store_stage, phase);
                 if (++store_stage == shape_.stages) store_stage = 0, phase ^= 1;
             }
         }
@@ -64,30 +89,42 @@ class WarpRing {
     }
 
   private:
-    __device__ bool segment_of(uint32_t batch, Endpoints& ends) const {
+    __device__ Fetched fetch(uint32_t batch) const {
+        Fetched fetched{};
         const uint32_t index = share_.begin + batch * per_stage_ + lane_;
-        if (lane_ >= per_stage_ || index >= share_.end) return false;
-        ends = endpoints_of(t_, index);
-        return true;
-    }
-
-    __device__ void load(uint32_t batch, uint32_t stage) const {
-        Endpoints ends{0, 0, 0};
-        const bool active = segment_of(batch, ends);
-        const uint32_t bytes = __reduce_add_sync(0xffffffffu, active ? ends.bytes : 0u);
-        if (lane_ == 0) barriers_[stage].arrive_and_expect_tx(bytes);
-        __syncwarp();
-        if (active) {
-            cute::SM90_BULK_COPY_G2S::copy(reinterpret_cast<const void*>(ends.source),
-                                           reinterpret_cast<uint64_t*>(&barriers_[stage]), slot(stage), int32_t(ends.bytes));
+        fetched.active = lane_ < per_stage_ && index < share_.end;
+        if (fetched.active) {
+            const uint32_t page = index / t_.segments_per_page;
+            fetched.segment = t_.segments[index - page * t_.segments_per_page];
+            fetched.device_index = uint32_t(t_.device_pages[uint64_t(page) * t_.index_stride]);
+            fetched.arena_index = uint32_t(t_.arena_pages[uint64_t(page) * t_.index_stride]);
         }
+        return fetched;
     }
 
-    __device__ void store(uint32_t batch, uint32_t stage, uint32_t phase) const {
-        Endpoints ends{0, 0, 0};
-        const bool active = segment_of(batch, ends);
-        wait_or_trap(barriers_[stage], phase, shape_.timeout_ns);
-        if (active) cute::SM90_BULK_COPY_S2G::copy(slot(stage), reinterpret_cast<void*>(ends.target), int32_t(ends.bytes));
+    __device__ void load(const Fetched& fetched, uint32_t stage) const {
+        const uint32_t bytes = __reduce_add_sync(0xffffffffu, fetched.active ? fetched.segment.bytes : 0u);
+        if (lane_ == 0) memory_.barriers[stage].arrive_and_expect_tx(bytes);
+        __syncwarp();
+        const uint32_t book = stage * kSlotsPerStage + lane_;
+        memory_.sizes[book] = fetched.active ? fetched.segment.bytes : 0;
+        if (!fetched.active) return;
+        const Segment& segment = fetched.segment;
+        const uint64_t device = segment.device_base + uint64_t(fetched.device_index / t_.index_stride) * segment.device_stride;
+        const uint64_t arena = t_.arena.segment_address(segment, fetched.arena_index / t_.index_stride);
+        const bool is_export = t_.direction == Direction::kExport;
+        memory_.targets[book] = is_export ? arena : device;
+        cute::SM90_BULK_COPY_G2S::copy(reinterpret_cast<const void*>(is_export ? device : arena),
+                                       reinterpret_cast<uint64_t*>(&memory_.barriers[stage]), slot(stage), int32_t(segment.bytes));
+    }
+
+    __device__ void store(uint32_t stage, uint32_t phase) const {
+        const uint32_t book = stage * kSlotsPerStage + lane_;
+        const uint32_t bytes = memory_.sizes[book];
+        wait_or_trap(memory_.barriers[stage], phase, shape_.timeout_ns);
+        if (bytes != 0) {
+            cute::SM90_BULK_COPY_S2G::copy(slot(stage), reinterpret_cast<void*>(memory_.targets[book]), int32_t(bytes));
+        }
         cute::tma_store_arrive();
     }
 
@@ -97,13 +134,12 @@ class WarpRing {
         asm volatile("fence.proxy.async;" ::: "memory");
     }
 
-    __device__ uint8_t* slot(uint32_t stage) const { return memory_ + stage * shape_.stage_bytes + lane_ * t_.slot_bytes; }
+    __device__ uint8_t* slot(uint32_t stage) const { return memory_.stages + stage * shape_.stage_bytes + lane_ * t_.slot_bytes; }
 
     const PageTransfer& t_;
     const Share& share_;
     const BulkShape& shape_;
-    uint8_t* memory_;
-    cutlass::arch::ClusterTransactionBarrier* barriers_;
+    const RingMemory memory_;
     uint32_t lane_;
     uint32_t per_stage_;
 };
@@ -123,7 +159,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     open_tags(t, share);
     asm volatile("fence.proxy.async;" ::: "memory");
     if (!share.empty()) {
-        WarpRing(t, share, shape, stages + warp * shape.stages * shape.stage_bytes, barriers + warp * shape.stages).run(warp, warps);
+        WarpRing(t, share, shape, RingMemory::of_warp(stages, barrier_words, shape, warp, warps)).run(warp, warps);
     }
     close_tags(t, share, finished_blocks);
 }

@@ -44,6 +44,14 @@ struct ArenaView {
     }
 };
 
+// Shared memory of a bulk copy's block: the stages, and beside each of a stage's 32 slots where its bytes go next.
+constexpr uint32_t kSlotsPerStage = 32;
+constexpr uint32_t kBookBytesPerStage = kSlotsPerStage * (sizeof(uint64_t) + sizeof(uint32_t));
+
+constexpr uint32_t ring_bytes(uint32_t warps, uint32_t stages, uint32_t stage_bytes) {
+    return warps * stages * (stage_bytes + kBookBytesPerStage);
+}
+
 // One transfer. Page tables hold one index for every `index_stride`-th entry, each divided by `index_stride`: 1 for page
 // indices, the page size for SGLang's token indices.
 struct PageTransfer {

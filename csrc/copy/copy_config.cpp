@@ -26,9 +26,9 @@ CopyConfig select_copy_config(uint32_t slot_bytes, uint64_t total_bytes, Directi
     constexpr uint32_t kWarps = 4;
     // Three stages are the least that keep a load in flight while two drain; more bytes in flight hide a pull's round trip.
     const uint32_t stage_bytes = std::max(slot_bytes, std::min(8192u, 32 * slot_bytes) / slot_bytes * slot_bytes);
-    const uint32_t stages = std::min(8u, kSharedBytesPerBlock / (kWarps * stage_bytes));
+    const uint32_t stages = std::min(8u, kSharedBytesPerBlock / ring_bytes(kWarps, 1, stage_bytes));
     if (stages >= 3) return {"bulk", sms, kWarps, stages, stage_bytes};
-    return {"bulk", sms, 2, std::min(8u, kSharedBytesPerBlock / (2 * stage_bytes)), stage_bytes};
+    return {"bulk", sms, 2, std::min(8u, kSharedBytesPerBlock / ring_bytes(2, 1, stage_bytes)), stage_bytes};
 }
 
 void check_copy_config(const CopyConfig& config, uint32_t slot_bytes) {
@@ -42,7 +42,7 @@ void check_copy_config(const CopyConfig& config, uint32_t slot_bytes) {
     require(config.stages >= 3 && config.stages <= 16, "stages", config.stages, "use 3 to 16");
     require(config.stage_bytes >= slot_bytes, "stage_bytes", config.stage_bytes, "a stage must hold the largest segment");
     require(config.stage_bytes % 16 == 0, "stage_bytes", config.stage_bytes, "use a multiple of 16");
-    require(config.shared_bytes() <= kSharedBytesPerBlock, "warps * stages * stage_bytes", config.shared_bytes(), "exceeds a block's shared memory");
+    require(config.shared_bytes() <= kSharedBytesPerBlock, "shared bytes of warps, stages and stage_bytes", config.shared_bytes(), "exceeds a block's shared memory");
 }
 
 }  // namespace specgen

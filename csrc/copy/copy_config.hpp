@@ -16,7 +16,7 @@ struct CopyConfig {
     uint32_t stage_bytes;  // bulk
 
     std::string to_string() const;
-    uint32_t shared_bytes() const { return method == "bulk" ? warps * stages * stage_bytes : 0; }
+    uint32_t shared_bytes() const { return method == "bulk" ? ring_bytes(warps, stages, stage_bytes) : 0; }
 };
 
 constexpr uint32_t kSharedBytesPerBlock = 227 * 1024 - 2048;  // Hopper's limit less the kernel's own barriers
