@@ -94,6 +94,17 @@ def test_a_stale_epoch_is_refused_and_maps_nothing(lender: Lender, side: Side) -
     link.close()
 
 
+def test_another_borrowers_epoch_is_refused(lender: Lender, side: Side) -> None:
+    owner, thief = side.connect(lender), Side("tp1").connect(lender)
+    own, thief.epoch = thief.epoch, owner.epoch
+    with pytest.raises(LeaseRefused, match=f"epoch {owner.epoch} is stale: this connection's lease has epoch {own}"):
+        thief.grow(1)
+    assert owner.chunks == thief.chunks == 0
+    thief.epoch = own
+    for link in (owner, thief):
+        link.close()
+
+
 def test_an_epoch_of_a_dead_lender_is_below_the_next_ones(tmp_path: Path, side: Side) -> None:
     first = make_lender(tmp_path)
     old = side.connect(first).epoch
