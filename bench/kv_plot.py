@@ -33,13 +33,13 @@ def _curve(rows: list[dict[str, Any]], x: str, **wanted: Any) -> dict[str, list[
 def _panels(rows: list[dict[str, Any]], direction: str) -> list[tuple[str, str, dict[str, list[tuple[float, float]]]]]:
     sweep = [row for row in rows if row["shape"] == "sweep" and row["direction"] == direction]
     big = [row for row in sweep if BIG[0] < row["bytes"] < BIG[1]]
-    at_16 = [row for row in sweep if row["sms"] in (None, 16)]
+    at_16 = [row for row in sweep if row["sm_budget"] == 16]
     two_kib = [row for row in at_16 if row["chunk_bytes"] == 2048]
     return [
         (
             f"{direction}, 256 MiB, 16 SMs",
             "chunk_bytes",
-            _curve([r for r in big if r["sms"] in (None, 16)], "chunk_bytes"),
+            _curve([r for r in big if r["sm_budget"] == 16], "chunk_bytes"),
         ),
         (
             f"{direction}, 256 MiB, chunks of 2 KiB",

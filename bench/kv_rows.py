@@ -68,6 +68,7 @@ class RowMaker:
             "chunk_bytes": rig.shape.chunk_bytes,
             "pages": case.pages,
             "bytes": case.pages * rig.shape.page_bytes,
+            "sm_budget": case.sms,
             "sms": None,
             "gbps": moved / timing.p50 / 1e3 if timing else None,
             "us": timing.p50 if timing else None,

@@ -8,7 +8,7 @@ set -u
 OUT=${OUT:-kv_results}
 CARRY=${CARRY:-build/carry}
 BACKEND=${BACKEND:-cuda}
-BENCH_S=${BENCH_S:-150}
+BENCH_S=${BENCH_S:-200}
 TOTAL_S=${TOTAL_S:-560}
 STEPS=${STEPS:-build tests bench failures ncu memcheck racecheck}
 PYTHON=${PYTHON:-python3}
