@@ -61,10 +61,11 @@ QUICK = [
 ]
 FULL = [
     *(Case(name, 16, 64, 20) for name in FIVE),
-    *(Case(name, gpus, 4 * gpus, 20) for gpus in (2, 4) for name in FIVE),
-    *(Case(name, 1, 1, 20) for name in FIVE),
+    *(Case(name, 4, 16, 20) for name in FIVE),
+    *(Case(name, 1, 1, 5) for name in FIVE),
+    *(Case(name, 2, 8, 5) for name in FIVE),
     *(Case(name, 8, 8, 5) for name in FIVE),
-    *(Case(name, 64, 256, 2, length_s=400.0, splits=7) for name in FIVE),
+    *(Case(name, 64, 256, 3, length_s=300.0, splits=7) for name in FIVE),
     Case("contended", 64, 512, 5, splits=1),
     Case("steady-validate", 1024, 512, 1, length_s=150.0, splits=1),
     Case("contended", 1024, 512, 1, length_s=200.0, splits=0),

@@ -226,7 +226,7 @@ class Journal:
 
 
 def _create(path: Path) -> None:
-    """A whole journal appears under its name, or none does; of two processes that create it, both use the first one's."""
+    """A whole journal appears under its name, or none does; of two processes that create it, both use the first."""
     try:
         number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(number)

@@ -61,7 +61,7 @@ class PolicyConfig:
     fair_after_s: float = 30.0
     credit_s: float = 100.0
     reserve: int = 2
-    reserve_share: float = 0.03
+    reserve_share: float = 0.2
     share_s: float = 8.0
     quiet_slack: float = 2.0
     quiet_max_s: float = 60.0
@@ -197,13 +197,14 @@ def frees_within_s(load: RoleLoad, config: PolicyConfig) -> float:
 def should_switch(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, config: PolicyConfig) -> bool:
     """Whether an idle GPU takes up the other role now, in which jobs wait.
 
-    Without work of its own it goes where work waits, unless the GPUs there free up sooner than it could be ready.
+    Without work of its own it goes where work waits, unless it is the last one idle and the GPUs there free up sooner
+    than it could be ready.
     With work of its own it goes when the other role has no GPU, or when its role is above target by the hysteresis.
     """
     if not other.waiting or not may_switch(gpu, now, config):
         return False
     if not own.waiting:
-        return other.gpus == 0 or other.waiting > frees_within_s(other, config)
+        return other.gpus == 0 or own.idle > 1 or other.waiting > frees_within_s(other, config)
     total = own.gpus + other.gpus
     if total == 1:
         return now - gpu.switched >= config.share_s and other.oldest < own.oldest

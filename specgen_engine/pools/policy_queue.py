@@ -119,7 +119,10 @@ class FairQueue:
         self._by_share, self._by_age = self._compact(self._by_share), self._compact(self._by_age)
 
     def _compact(self, heap: list[Waiting]) -> list[Waiting]:
-        if len(heap) <= 64 + 4 * len(self._lines):
+        """Without its stale entries where that is cheap; all of them only once they outnumber the searches by far."""
+        while heap and not self._current(heap[0]):
+            heapq.heappop(heap)
+        if len(heap) <= 64 + 32 * len(self._lines):
             return heap
         kept = [one for one in heap if self._current(one)]
         heapq.heapify(kept)
