@@ -40,12 +40,19 @@ def replay(
         str | None, typer.Option(help="model folder; default: a tiny random-weight model on the CPU")
     ] = None,
     page_size: Annotated[int, typer.Option(help="KV page size in tokens")] = 1,
+    base_share: Annotated[
+        float, typer.Option(help="share of steps that a base decodes in while its forks do; 1: never steps aside")
+    ] = 1.0,
 ) -> None:
     """Recorded reasoning through the real engine: it computes every token; recorded ids replace the sampled ones."""
     from specgen_engine.replay.command import ReplayOptions
     from specgen_engine.replay.command import replay as run
 
-    run(ReplayOptions(tuple(traces), mode, trigger, termination, json, iterations, workers, model, page_size))
+    run(
+        ReplayOptions(
+            tuple(traces), mode, trigger, termination, json, iterations, workers, model, page_size, base_share
+        )
+    )
 
 
 @app.command()

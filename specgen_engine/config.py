@@ -61,6 +61,9 @@ class SchedulerConfig(Section):
     batch_share: float = Field(
         default=0.5, gt=0, le=1, description="largest share of the running batch that forks may take"
     )
+    base_share: float = Field(
+        default=1.0, gt=0, le=1, description="share of decode steps that a base takes part in while forks of it decode"
+    )
     headroom: float = Field(
         default=0.05, ge=0, lt=1, description="share of the KV pool that admitting a fork must leave free"
     )

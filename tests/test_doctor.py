@@ -73,7 +73,8 @@ def test_probe_that_hangs_is_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "answer"), [("echo one; echo two", "one"), ("echo broken; exit 3", ""), ("echo warn >&2", "warn"), ("sleep 30", "")]
+    ("script", "answer"),
+    [("echo one; echo two", "one"), ("echo broken; exit 3", ""), ("echo warn >&2", "warn"), ("sleep 30", "")],
 )
 def test_command_answers_its_first_line_or_nothing(
     script: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -80,8 +80,9 @@ class PolicyConfig:
 
 
 class JobView(NamedTuple):
-    """A job that waits. fork: number of its fork in the search, growing.  could_end: a good result ends the reasoning.
+    """A job that waits. submitted: its candidate, so that a late one is profiled first.
 
+    fork: number of its fork in the search, growing.  could_end: a good result ends the reasoning.
     deadline: after it the job is reported, not run.  expected_s: GPU-seconds it should take.
     """
 
@@ -188,7 +189,7 @@ def may_switch(gpu: GpuView, now: float, config: PolicyConfig) -> bool:
     return now - gpu.switched >= config.dwell_s
 
 
-def frees_within_s(load: RoleLoad, config: PolicyConfig) -> float:
+def served_meanwhile(load: RoleLoad, config: PolicyConfig) -> float:
     """Jobs that a role's own GPUs will start while another GPU would still be switching to it."""
     busy = load.gpus - load.idle
     return load.idle + (busy * config.switch_s / load.service_s if load.service_s > 0 else 0.0)
@@ -204,7 +205,7 @@ def should_switch(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, conf
     if not other.waiting or not may_switch(gpu, now, config):
         return False
     if not own.waiting:
-        return other.gpus == 0 or own.idle > 1 or other.waiting > frees_within_s(other, config)
+        return other.gpus == 0 or own.idle > 1 or other.waiting > served_meanwhile(other, config)
     total = own.gpus + other.gpus
     if total == 1:
         return now - gpu.switched >= config.share_s and other.oldest < own.oldest

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .policy import JobView, PolicyConfig, Urgency, age_key, fair_key
+from .policy import JobView, PolicyConfig, Urgency, age_key, fair_key, urgency
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class FairQueue:
         self._lines: dict[str, _Line] = {}
         self._by_share: list[Waiting] = []
         self._by_age: list[Waiting] = []
-        self._ages: deque[JobView] = deque()
+        self._ages: list[tuple[float, int, JobView]] = []
         self._numbers = 0
 
     def __len__(self) -> int:
@@ -64,15 +64,15 @@ class FairQueue:
     @property
     def oldest(self) -> float:
         """Submission time of the oldest waiting job, inf when none waits."""
-        while self._ages and not self._waits(self._ages[0]):
-            self._ages.popleft()
-        return self._ages[0].submitted if self._ages else float("inf")
+        while self._ages and not self._waits(self._ages[0][-1]):
+            heapq.heappop(self._ages)
+        return self._ages[0][0] if self._ages else float("inf")
 
     def push(self, job: JobView) -> None:
         self._numbers += 1
         self.jobs[job.id] = job
         self.waiting_s += job.expected_s
-        self._ages.append(job)
+        heapq.heappush(self._ages, (job.submitted, self._numbers, job))
         line = self._lines.setdefault(job.search, _Line())
         if job.could_end:
             heapq.heappush(line.ends, (-job.priority, job.expected_s, self._numbers, job))
@@ -165,7 +165,7 @@ class FairQueue:
             return Urgency.ENDS
         if not line.forks:
             return None
-        return Urgency.NEWEST if line.forks[-1].fork >= newest_fork else Urgency.REST
+        return urgency(line.forks[-1], newest_fork)
 
     def _take(self, line: _Line, newest_fork: int) -> JobView | None:
         first = self._first(line, newest_fork)

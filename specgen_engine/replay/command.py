@@ -41,6 +41,7 @@ class ReplayOptions:
     workers: int = 1
     model: str | None = None
     page_size: int = 1
+    base_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -73,6 +74,7 @@ def replay_server(traces: list[Trace], options: ReplayOptions, scratch: Path) ->
     arguments = ["--model-path", options.model] if options.model else ["--tiny"]
     arguments += ["--replay", *(str(trace.path.resolve()) for trace in traces)]
     arguments += ["--specgen-evaluation-workers", str(options.workers), "--page-size", str(options.page_size)]
+    arguments += ["--specgen-scheduler-base-share", str(options.base_share)]
     arguments += ["--specgen-evaluation-cache", str(scratch / "builds")]
     launch = prepare(arguments)
     print(f"starting a server for {len(traces)} trace(s) ...", file=sys.stderr, flush=True)
@@ -131,8 +133,8 @@ def row_of(search: dict[str, Any], iteration: Iteration, answer: str, usage: dic
         candidate["recorded_answer"] = known.get(candidate["hash"])
     kept = (
         "iteration", "wall_s", "reasoning_tokens", "recorded_reasoning_tokens", "ended_by", "reason", "accepted",
-        "best",        "final", "forks", "candidates", "prompt_tokens", "fork_tokens", "answer_tokens", "forks_skipped", "reasoning_s",
-        "evaluation_s", "termination", "trigger",
+        "best", "final", "forks", "candidates", "prompt_tokens", "fork_tokens", "answer_tokens", "forks_skipped",
+        "reasoning_s", "evaluation_s", "termination", "trigger",
     )  # fmt: skip
     return {"trace": search["trace"], **{name: search[name] for name in kept}, "answer": answer, "usage": usage}
 

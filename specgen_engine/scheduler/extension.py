@@ -12,7 +12,7 @@ from specgen_engine.controller.thinking import Phase, PhaseState, ReasoningPhase
 from specgen_engine.controller.triggers import Trigger, parse_trigger
 from specgen_engine.protocol import EndSearch, ForkPoint, ForkPointDone, TriggerFired, WatchSearch, is_fork, search_of
 from specgen_engine.scheduler.fork_point import holds_kv, insert_fork_point
-from specgen_engine.scheduler.policy import Fork, Limits, Load, admissible_forks, forks_to_retract
+from specgen_engine.scheduler.policy import Fork, Limits, Load, admissible_forks, base_steps_aside, forks_to_retract
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Watched:
     reasoning: int = 0
     inserted: int = 0
     wanted: list[int] = field(default_factory=list)
+    aside: bool = False
+    steps: int = 0
 
 
 class SchedulerExtension:
@@ -44,6 +46,7 @@ class SchedulerExtension:
             total=settings.fork.total,
             max_running=scheduler.max_running_requests,
         )
+        self.base_share = settings.scheduler.base_share
         self.watched: dict[str, Watched] = {}
         self.forks_retracted = 0
         self._pieces: dict[int, str] = {}
@@ -134,12 +137,14 @@ class SchedulerExtension:
     def split_waiting(self, running: list[Any]) -> tuple[list[Any], list[Any], Load]:
         """(queue for this step, forks held back, load): ordinary requests first, then the forks that may join."""
         scheduler = self.scheduler
-        ordinary = [req for req in scheduler.waiting_queue if not is_fork(req.rid)]
+        aside = {rid for rid, watched in self.watched.items() if watched.aside}
+        ordinary = [req for req in scheduler.waiting_queue if not is_fork(req.rid) and req.rid not in aside]
         forks = [req for req in scheduler.waiting_queue if is_fork(req.rid)]
         load = self._load(len(ordinary), running)
         admitted = set(admissible_forks(load, [self._fork(req) for req in forks], self.limits))
         queue = ordinary + [req for req in forks if req.rid in admitted]
-        return queue, [req for req in forks if req.rid not in admitted], load
+        chosen = set(queue)
+        return queue, [req for req in scheduler.waiting_queue if req not in chosen], load
 
     def _fork(self, req: Any) -> Fork:
         search = search_of(req.rid)
@@ -178,10 +183,39 @@ class SchedulerExtension:
         )
         if youngest is None:
             return
-        req = batch.reqs[youngest]
-        batch.release_req(youngest, len(batch.reqs) - 1, self.scheduler.server_args)
-        batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i != youngest])
+        self.forks_retracted += 1
+        logger.info("fork %s retracted: an ordinary request waits", batch.reqs[youngest].rid)
+        self._retract(batch, youngest)
+
+    def _retract(self, batch: Any, index: int) -> None:
+        """Back to the waiting queue, as SGLang's own retraction does it at this point of the loop."""
+        req = batch.reqs[index]
+        batch.release_req(index, len(batch.reqs) - 1, self.scheduler.server_args)
+        batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i != index])
         batch.batch_is_full = False
         self.scheduler._add_request_to_queue(req, is_retracted=True)
-        self.forks_retracted += 1
-        logger.info("fork %s retracted: an ordinary request waits", req.rid)
+
+    # ---- base requests step aside for their own forks (scheduler.base_share)
+
+    def step_aside(self, batch: Any) -> None:
+        """Take bases out of the decode batch, or let them back in, by base_steps_aside. Their KV waits in the tree."""
+        if self.base_share >= 1:
+            return
+        forking = {search_of(req.rid) for req in batch.reqs if is_fork(req.rid) and not req.finished()}
+        for rid, watched in self.watched.items():
+            watched.steps = watched.steps + 1 if rid in forking else 0
+            wanted = rid in forking and base_steps_aside(watched.steps, self.base_share)
+            if watched.aside and not wanted:
+                watched.aside = False
+            elif wanted and not watched.aside:
+                self._put_aside(batch, watched)
+
+    def _put_aside(self, batch: Any, watched: Watched) -> None:
+        index = next((i for i, req in enumerate(batch.reqs) if req.rid == watched.rid and holds_kv(req)), None)
+        if index is None:
+            return
+        req = batch.reqs[index]
+        watched.inserted = insert_fork_point(req, req.kv_committed_len, self.scheduler.tree_cache)
+        self._retract(batch, index)
+        req.retraction_count -= 1
+        watched.aside = True

@@ -43,6 +43,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, **argume
     extension, running = scheduler.specgen, arguments["running_batch"]
     if not extension.watched:
         return original(scheduler, **arguments)
+    extension.step_aside(running)
     queue, held, load = extension.split_waiting(running.reqs)
     scheduler.waiting_queue = queue
     try:

@@ -68,6 +68,16 @@ def forks_to_retract(load: Load, ordinary_admitted: bool) -> int:
     return 1 if load.ordinary_waiting and not ordinary_admitted and load.forks_running else 0
 
 
+def base_steps_aside(step: int, share: float, cycle: int = 64) -> bool:
+    """Whether a base request sits out this step, while forks of its own decode: it takes part in `share` of each cycle.
+
+    step counts the steps since the first of its forks joined. share 1 never sits out: forks then cost the base only
+    what a larger batch costs. Less may be worth it where a step's time grows with the batch (a CPU, a saturated GPU):
+    what the base reasons while a fork is about to succeed is wasted.
+    """
+    return share < 1 and step % cycle >= round(share * cycle)
+
+
 def keep_order(order: Sequence[int], is_fork: Sequence[bool]) -> list[int]:
     """SGLang's retraction order (first kept longest) with every fork behind every ordinary request, else unchanged."""
     return [i for i in order if not is_fork[i]] + [i for i in order if is_fork[i]]
