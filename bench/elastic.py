@@ -53,18 +53,15 @@ class Case(NamedTuple):
 
 
 QUICK = [
-    *(Case(name, 16, 64, 3) for name in FIVE),
-    *(Case(name, 4, 16, 5) for name in FIVE),
+    *(Case(name, 16, 64, 6) for name in FIVE),
+    *(Case(name, 4, 16, 10) for name in FIVE),
     Case("steady-validate", 1, 1, 5),
     Case("contended", 64, 512, 1, splits=1),
     Case("contended", 1024, 512, 1, length_s=120.0, splits=0),
 ]
 FULL = [
     *(Case(name, 16, 64, 20) for name in FIVE),
-    *(Case(name, 4, 16, 20) for name in FIVE),
-    *(Case(name, 1, 1, 5) for name in FIVE),
-    *(Case(name, 2, 8, 5) for name in FIVE),
-    *(Case(name, 8, 8, 5) for name in FIVE),
+    *(Case(name, gpus, searches, 20) for gpus, searches in ((1, 1), (2, 8), (4, 16), (8, 8)) for name in FIVE),
     *(Case(name, 64, 256, 3, length_s=300.0, splits=7) for name in FIVE),
     Case("contended", 64, 512, 5, splits=1),
     Case("steady-validate", 1024, 512, 1, length_s=150.0, splits=1),

@@ -51,7 +51,7 @@ class FifoState:
         self._idle[role][index] = None
 
     def submit(self, job: JobView, now: float) -> None:
-        self._queues[job.role].append(job)
+        self._queues[job.role].append(job._replace(submitted=now))
         self._waiting.add(job.id)
 
     def release(self, index: int, now: float, busy_s: float, *, finished: bool = True) -> JobView | None:
@@ -224,7 +224,8 @@ class Simulation:
         now, search = self.env.now, f"s{candidate.search}"
         started = time.perf_counter()
         expected = self.state.expected_s(search, role, 5.0)
-        job = JobView(f"{candidate.number}{role[0]}", search, role, now, expected, candidate.fork, role is Role.PROFILE)
+        ends = role is Role.PROFILE
+        job = JobView(f"{candidate.number}{role[0]}", search, role, candidate.ready_s, expected, candidate.fork, ends)
         self.state.submit(job, now)
         spent = time.perf_counter() - started
         self.live[candidate.search, candidate.iteration][job.id] = candidate
