@@ -16,7 +16,7 @@ import pytest
 from specgen_engine.pools.journal import VERSION, Entry, Journal, JournalError
 
 ROOT = Path(__file__).parents[2]
-JOBS = 400
+JOBS = 3_000
 WRITER = """
 import sys
 from specgen_engine.pools.journal import Journal
@@ -106,7 +106,7 @@ def test_a_writer_killed_at_random_loses_nothing_and_does_nothing_twice(tmp_path
         writer = start_writer(path, life)
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
-        if life < 6:
+        if life < 8:
             time.sleep(rng.uniform(0.0, 0.02))
             writer.send_signal(signal.SIGKILL)
         said = [line.split() for line in writer.stdout if line.endswith("\n")]
