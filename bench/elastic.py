@@ -29,6 +29,16 @@ from specgen_engine.pools.policy import PolicyConfig
 
 SCHEMA = "specgen.elastic/1"
 FIVE = ("steady-validate", "steady-profile", "bursts", "on-off", "ramp")
+BASELINE = (
+    "utilisation",
+    "utilisation_whole",
+    "utilisation_useful",
+    "p50_feedback_s",
+    "p95_feedback_s",
+    "min_share",
+    "switches_per_gpu_s",
+    "decision_us",
+)
 ALL_SPLITS = 16
 MANY_SEARCHES = 512
 GOALS = {
@@ -86,7 +96,8 @@ def rows_of(case: Case, first_seed: int, fit: ServiceFit, config: PolicyConfig) 
         for policy in policies(case.gpus, case.splits):
             result = simulate(load, policy, config)
             head = {"name": case.scenario, "gpus": case.gpus, "searches": case.searches, "seed": seed, "policy": policy}
-            rows.append(head | {name: _number(value) for name, value in result._asdict().items()})
+            kept = result._asdict() if policy == "elastic" else {name: getattr(result, name) for name in BASELINE}
+            rows.append(head | {name: _number(value) for name, value in kept.items()})
     return rows
 
 
@@ -132,7 +143,7 @@ def _median(rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
     return {
         name: statistics.median(row[name] for row in own)
         for name in Result._fields
-        if all(row[name] is not None for row in own)
+        if all(row.get(name) is not None for row in own)
     }
 
 
@@ -166,7 +177,7 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     head = {name: value for name, value in report.items() if name not in ("scenarios", "summary")}
     text = json.dumps(head, indent=1)[:-2]
     for name in ("summary", "scenarios"):
-        lines = ",\n  ".join(json.dumps(row) for row in report[name])
+        lines = ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in report[name])
         text += f',\n "{name}": [\n  {lines}\n ]'
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text + "\n}\n")

@@ -46,6 +46,7 @@ class PolicyConfig:
     fair_after_s: backlog, in seconds per GPU, above which searches are served by attained GPU-seconds, not by age.
     credit_s: GPU-seconds below the least served search that one returning from idleness may start at.
     reserve, reserve_share: idle GPUs kept ready in a role while the other has more: a number, a share of the pool.
+    balance_share: how uneven idle GPUs must be for that, as a share of the pool (2 GPUs at least).
     share_s: turn of a role on a single GPU while the other role has work.
     quiet_slack: a quiet lease lasts that many times the expected seconds, at most quiet_max_s.
     """
@@ -62,6 +63,7 @@ class PolicyConfig:
     credit_s: float = 100.0
     reserve: int = 2
     reserve_share: float = 0.2
+    balance_share: float = 0.05
     share_s: float = 8.0
     quiet_slack: float = 2.0
     quiet_max_s: float = 60.0
@@ -222,8 +224,9 @@ def should_prepare(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, con
     """Whether an idle GPU switches although nothing waits, so that the next job of the other role finds one ready."""
     if own.waiting or other.waiting or not may_switch(gpu, now, config) or other.arrival_per_s <= 0:
         return False
-    reserve = max(config.reserve, round(config.reserve_share * (own.gpus + other.gpus)))
-    return other.idle < reserve and own.idle - other.idle >= 2
+    total = own.gpus + other.gpus
+    reserve = max(config.reserve, round(config.reserve_share * total))
+    return other.idle < reserve and own.idle - other.idle >= max(2, config.balance_share * total)
 
 
 class Admission(NamedTuple):

@@ -385,3 +385,16 @@ def test_a_decision_takes_less_than_a_millisecond_at_1024_gpus_and_512_searches(
         took.append(time.thread_time() - started)
     assert sum(len(queue) for queue in state.queues.values()) > 500, "the queues must be deep for this to mean anything"
     assert statistics.quantiles(took, n=100)[98] < 1e-3, "CPU time, so that a busy machine does not count"
+
+
+def test_idle_gpus_are_kept_in_both_roles_while_nothing_waits() -> None:
+    state = pool(*[V] * 6)
+    state.estimate(P, 1.0, 3.0, 100.0)
+    assignments = state.decide(100.0).assignments
+    assert [(one.role, one.job, one.switch) for one in assignments] == [(P, None, True)] * len(assignments)
+    assert 1 <= len(assignments) <= 3
+    for one in assignments:
+        state.release(one.gpu, 100.3, 0.0)
+    assert state.decide(101.0).assignments == ()
+    state.submit(job("p", role=P, at=101.0), 101.0)
+    assert [one.switch for one in state.decide(101.0).assignments] == [False]
