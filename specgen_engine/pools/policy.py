@@ -112,7 +112,8 @@ class GpuView(NamedTuple):
 class RoleLoad(NamedTuple):
     """Demand for a role. waiting: jobs.  waiting_s: their expected GPU-seconds.  oldest: submission of the oldest one.
 
-    gpus: that have the role or are switching to it.  idle: of these.  arrival_per_s, service_s: estimates.
+    gpus: that have the role or are switching to it.  idle: of these.  coming: of these, switching without a job.
+    arrival_per_s, service_s: estimates.
     """
 
     waiting: int
@@ -122,6 +123,7 @@ class RoleLoad(NamedTuple):
     arrival_per_s: float
     service_s: float
     oldest: float = float("inf")
+    coming: int = 0
 
 
 class Targets(NamedTuple):
@@ -193,8 +195,8 @@ def may_switch(gpu: GpuView, now: float, config: PolicyConfig) -> bool:
 
 def served_meanwhile(load: RoleLoad, config: PolicyConfig) -> float:
     """Jobs that a role's own GPUs will start while another GPU would still be switching to it."""
-    busy = load.gpus - load.idle
-    return load.idle + (busy * config.switch_s / load.service_s if load.service_s > 0 else 0.0)
+    busy = load.gpus - load.idle - load.coming
+    return load.idle + load.coming + (busy * config.switch_s / load.service_s if load.service_s > 0 else 0.0)
 
 
 def should_switch(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, config: PolicyConfig) -> bool:
@@ -226,7 +228,8 @@ def should_prepare(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, con
         return False
     total = own.gpus + other.gpus
     reserve = max(config.reserve, round(config.reserve_share * total))
-    return other.idle < reserve and own.idle - other.idle >= max(2, config.balance_share * total)
+    ready = other.idle + other.coming
+    return ready < reserve and own.idle - ready >= max(2, config.balance_share * total)
 
 
 class Admission(NamedTuple):

@@ -62,6 +62,7 @@ class _Gpu:
     switched: float = NEVER
     job: JobView | None = None
     idle: bool = True
+    coming: bool = False
 
 
 class Snapshot(NamedTuple):
@@ -96,6 +97,7 @@ class PoolState:
         self._movable: dict[Role, dict[int, None]] = {role: {} for role in Role}
         self._dwelling: list[tuple[float, int]] = []
         self._counts = dict.fromkeys(Role, 0)
+        self._coming = dict.fromkeys(Role, 0)
         self._rates = dict.fromkeys(Role, Rate())
         self._service = dict.fromkeys(Role, 0.0)
         self._measured: dict[tuple[str, Role], float] = {}
@@ -116,6 +118,7 @@ class PoolState:
         """A GPU left or was lost; returns the job that ran on it, no longer known here, to be retried or reported."""
         gpu = self._gpu(index)
         del self._gpus[index]
+        self._arrive(gpu)
         self._counts[gpu.role] -= 1
         self._idle[gpu.role].pop(index, None)
         self._movable[gpu.role].pop(index, None)
@@ -164,6 +167,7 @@ class PoolState:
         gpu = self._gpu(index)
         if gpu.idle:
             raise ValueError(f"gpu={index}: it has nothing to be released from")
+        self._arrive(gpu)
         self._rest(index)
         job, gpu.job = gpu.job, None
         if job is None:
@@ -223,6 +227,7 @@ class PoolState:
             self._rates[role].at_time(now, self.config.rate_tau_s),
             self._service[role],
             queue.oldest,
+            self._coming[role],
         )
 
     def admission(
@@ -268,6 +273,8 @@ class PoolState:
                 out.append(self._start(view.number, other, now))
             elif should_prepare(view, own, theirs, now, self.config):
                 self._occupy(view.number, other, now)
+                self._gpus[view.number].coming = True
+                self._coming[other] += 1
                 out.append(Assignment(view.number, other, None, True, 0.0))
             else:
                 return
@@ -301,6 +308,10 @@ class PoolState:
         self._counts[role] += 1
         gpu.role, gpu.switched = role, now
         return True
+
+    def _arrive(self, gpu: _Gpu) -> None:
+        self._coming[gpu.role] -= gpu.coming
+        gpu.coming = False
 
     def _rest(self, index: int) -> None:
         gpu = self._gpus[index]
@@ -342,6 +353,8 @@ class PoolState:
                 f"{role}: {self._counts[role]} GPUs counted, {len(of_role)} there"
             )
             assert set(self._idle[role]) == {index for index in of_role if self._gpus[index].idle}, f"{role}: idle GPUs"
+            coming = sum(self._gpus[index].coming for index in of_role)
+            assert self._coming[role] == coming, f"{role}: {self._coming[role]} GPUs counted as coming, {coming} are"
             assert set(self._movable[role]) <= set(self._idle[role]), f"{role}: movable GPUs that are not idle"
         at_work = {gpu.job.id: index for index, gpu in self._gpus.items() if gpu.job is not None}
         assert at_work == self._running, f"running: {self._running} noted, {at_work} at work"
