@@ -204,9 +204,7 @@ class Journal:
         except sqlite3.OperationalError as error:
             if "disk image is malformed" in str(error):
                 raise JournalError(self._cut()) from error
-            raise JournalError(
-                f"{self.path}: {error}; see that it can be written and its disk has room"
-            ) from error
+            raise JournalError(f"{self.path}: {error}; see that it can be written and its disk has room") from error
         except sqlite3.IntegrityError:
             raise
         except sqlite3.DatabaseError as error:
