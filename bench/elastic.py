@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 QUICK = [
     *(Case(name, 16, 64, 6) for name in FIVE),
-    *(Case(name, 8, 8, 6) for name in FIVE),
+    *(Case(name, 8, 32, 12) for name in FIVE),
     Case("steady-validate", 1, 1, 5),
     Case("contended", 64, 512, 1, splits=1),
     Case("contended", 1024, 512, 1, length_s=120.0, splits=0),
