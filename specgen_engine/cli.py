@@ -27,7 +27,7 @@ def serve(context: typer.Context) -> None:
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="trace folders, or folders of them", metavar="DIR...")],
     mode: Annotated[str, typer.Option(help="sequential: reason, then evaluate; specgen: end early")] = "specgen",
-    trigger: Annotated[str, typer.Option(help="every:N, paragraph, fence, joined by +; none")] = "every:400",
+    trigger: Annotated[str, typer.Option(help="every:N, paragraph, fence, joined by +; none")] = "every:1000",
     termination: Annotated[str, typer.Option(help="plateau:K, speedup:X, best_of:K, correct, none")] = "plateau:3",
     json: Annotated[
         Path | None, typer.Option(help="write the report (specgen.report/1) to this file", metavar="FILE")
@@ -42,7 +42,7 @@ def replay(
     page_size: Annotated[int, typer.Option(help="KV page size in tokens")] = 1,
     base_share: Annotated[
         float, typer.Option(help="share of steps that a base decodes in while its forks do; 1: never steps aside")
-    ] = 1.0,
+    ] = 0.25,
 ) -> None:
     """Recorded reasoning through the real engine: it computes every token; recorded ids replace the sampled ones."""
     from specgen_engine.replay.command import ReplayOptions

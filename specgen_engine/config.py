@@ -95,7 +95,7 @@ class SpecGenConfig(Section):
     """Everything an operator can set. A request may narrow trigger, termination and fork within it."""
 
     trigger: TriggerSpec = Field(
-        default="every:400", description="when to fork: every:N, paragraph, fence, joined by +"
+        default="paragraph:min=800", description="when to fork: every:N, paragraph, fence, joined by +"
     )
     termination: TerminationSpec = Field(
         "plateau:3", description="when to end the reasoning: plateau:K, speedup:X, best_of:K, correct, none"

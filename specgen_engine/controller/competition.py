@@ -62,6 +62,10 @@ class Competition:
         top = best(self.scored)
         return self.candidates[top.hash] if top else None
 
+    def own_alone(self) -> bool:
+        """Only the base's own answer is left to judge: nothing competes with it, so its verdict is waited for."""
+        return self.own is not None and set(self.jobs) == {self.own.hash} and len(self.candidates) == 1
+
     def beats_own_answer(self, winner: CandidateRecord) -> bool:
         """An answer without a verdict is only replaced by a kernel that is known to be faster than the reference."""
         if winner is self.own or winner.source == "base":

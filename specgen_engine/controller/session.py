@@ -165,7 +165,8 @@ class Session:
             case TaskChecked(problem):
                 self._on_task(problem)
             case GraceOver():
-                self._conclude()
+                if not self._competition.own_alone():
+                    self._conclude()
             case BaseFailed(error):
                 raise error
         self.record.state = self.state.value

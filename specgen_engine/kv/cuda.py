@@ -12,6 +12,7 @@ class CudaBackend:
     Args:
         device: CUDA ordinal in this process.
         sm_budget: SMs a copy may occupy on the borrower.
+        max_gbps: pace of each copy in 1e9 bytes a second; 0 for as fast as it goes.
         copy_timeout_ms: bound on a single load inside a copy; beyond it the kernel traps.
 
     Raises:
@@ -20,7 +21,7 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, device: int, sm_budget: int = 16, copy_timeout_ms: int = 10_000) -> None:
+    def __init__(self, device: int, sm_budget: int = 16, max_gbps: float = 0.0, copy_timeout_ms: int = 10_000) -> None:
         if not _kv.HAS_CUDA:
             raise KvError(
                 "the extension was built without CUDA: install nvcc (nvidia-cuda-nvcc) and nvidia-cutlass, then rebuild"
@@ -30,6 +31,7 @@ class CudaBackend:
             raise KvError(f"device={device}: this process sees {count} CUDA devices")
         self.device = device
         self.sm_budget = sm_budget
+        self.max_gbps = max_gbps
         self.copy_timeout_ms = copy_timeout_ms
 
     def chunk(self, chunk_bytes: int) -> _kv.CudaChunk:
@@ -39,4 +41,4 @@ class CudaBackend:
         return _kv.CudaSpace(self.device, slots, chunk_bytes)
 
     def copier(self, layout: _kv.PageLayout, base: int) -> _kv.CudaCopier:
-        return _kv.CudaCopier(layout, base, self.device, self.sm_budget, self.copy_timeout_ms)
+        return _kv.CudaCopier(layout, base, self.device, self.sm_budget, self.max_gbps, self.copy_timeout_ms)

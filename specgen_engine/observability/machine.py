@@ -31,11 +31,19 @@ def report_header(schema: str, seed: int | None) -> dict[str, Any]:
     return {
         "schema": schema,
         "machine": machine(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "seed": seed,
     }
+
+
+def _command() -> str:
+    """As it was typed, without the folder of the interpreter or script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec is not None else ""
+    head = ["python", "-m", module] if module and module != "__main__" else [Path(sys.argv[0]).name]
+    return shlex.join([*head, *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

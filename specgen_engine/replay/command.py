@@ -26,6 +26,13 @@ from specgen_engine.serving.process import Server, running_server
 
 MODES = ("sequential", "specgen")
 MAX_TOKENS = 100_000
+# The default model decodes near the 60 tokens/s that large reasoning models are served at, so that a replay on a CPU
+# weighs reasoning against evaluation as a real server would.
+PACED_LAYERS = 12
+# On a CPU a decode step's time grows with its batch; see scheduler.policy.base_steps_aside.
+CPU_BASE_SHARE = 0.25
+# One evaluator whose C++ builds take half a minute: more forks would only queue for it.
+CPU_TRIGGER = "every:1000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +41,14 @@ class ReplayOptions:
 
     traces: tuple[Path, ...]
     mode: str = "specgen"
-    trigger: str = "every:400"
+    trigger: str = CPU_TRIGGER
     termination: str = "plateau:3"
     json: Path | None = None
     iterations: int | None = None
     workers: int = 1
     model: str | None = None
     page_size: int = 1
-    base_share: float = 1.0
+    base_share: float = CPU_BASE_SHARE
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -71,7 +78,7 @@ def replay(options: ReplayOptions) -> None:
 
 def replay_server(traces: list[Trace], options: ReplayOptions, scratch: Path) -> AbstractContextManager[Server]:
     """A server that replays these traces, with a cache of builds of its own: no run profits from an earlier one."""
-    arguments = ["--model-path", options.model] if options.model else ["--tiny"]
+    arguments = ["--model-path", options.model] if options.model else ["--tiny-layers", str(PACED_LAYERS)]
     arguments += ["--replay", *(str(trace.path.resolve()) for trace in traces)]
     arguments += ["--specgen-evaluation-workers", str(options.workers), "--page-size", str(options.page_size)]
     arguments += ["--specgen-scheduler-base-share", str(options.base_share)]

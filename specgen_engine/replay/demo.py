@@ -24,7 +24,7 @@ TERMINATION = "speedup:1.2"
 
 def demo() -> None:
     console = Console()
-    options = ReplayOptions((BUNDLED,), trigger="every:400", termination=TERMINATION)
+    options = ReplayOptions((BUNDLED,), termination=TERMINATION)
     traces = load_traces(options.traces)
     with (
         tempfile.TemporaryDirectory(prefix="specgen-demo-") as scratch,

