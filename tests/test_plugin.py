@@ -1,4 +1,4 @@
-"""The hook table fits this SGLang; a hook that does not is one error that names the version; nothing is on without the flag."""
+"""The hook table fits this SGLang; what does not is one error that names the version; no flag, no hooks."""
 
 from __future__ import annotations
 

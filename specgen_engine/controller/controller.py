@@ -161,6 +161,6 @@ class Controller:
             session.notify(message)
 
     def on_point(self, message: ForkPointDone) -> None:
-        logger.debug(
-            "fork point %s: asked %d, inserted %d, %s", message.rid, message.asked, message.inserted, message.state
-        )
+        session = self.sessions.get(message.rid or "")
+        if session is not None:
+            session.notify(message)

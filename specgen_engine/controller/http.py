@@ -1,4 +1,4 @@
-"""GET /specgen/searches and /specgen/searches/{id}, on SGLang's own app (and so behind its API key)."""
+"""/specgen/searches on SGLang's own app, and so behind its API key: list them, read one, fork one."""
 
 from __future__ import annotations
 
@@ -27,5 +27,16 @@ def router_of(controller: Controller) -> APIRouter:
         if record is None:
             raise HTTPException(404, f"no search {search!r}; GET /specgen/searches lists those remembered")
         return {**record.to_dict(), "ids": record.ids.to_dict()} if ids else record.to_dict()
+
+    @router.post("/searches/{search}/fork")
+    async def fork(search: str) -> dict[str, Any]:
+        """Fork a running search where it is now, whatever its trigger says."""
+        session = controller.sessions.get(search)
+        if session is None:
+            raise HTTPException(404, f"no search {search!r} runs; GET /specgen/searches lists those remembered")
+        try:
+            return {"search": search, "length": session.ask_for_fork()}
+        except ValueError as error:
+            raise HTTPException(409, str(error)) from None
 
     return router

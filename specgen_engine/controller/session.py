@@ -39,7 +39,16 @@ from specgen_engine.controller.termination import Decision
 from specgen_engine.controller.thinking import Phase, ReasoningPhase, fork_suffix, split_thinking
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Candidate, Job, Pool, Status, Verdict
-from specgen_engine.protocol import EndSearch, ReplayScript, TriggerFired, WatchSearch, fork_rid, forks_of
+from specgen_engine.protocol import (
+    EndSearch,
+    ForkPoint,
+    ForkPointDone,
+    ReplayScript,
+    TriggerFired,
+    WatchSearch,
+    fork_rid,
+    forks_of,
+)
 
 logger = logging.getLogger(__name__)
 DISCONNECT_POLL_S = 1.0
@@ -94,9 +103,20 @@ class Session:
                 raise item
             yield item
 
-    def notify(self, message: TriggerFired) -> None:
+    def notify(self, message: TriggerFired | ForkPointDone) -> None:
         """A message from the scheduler."""
         self._events.put_nowait(message)
+
+    def ask_for_fork(self) -> int:
+        """A text-level trigger: fork at what the base has said so far. Returns the length asked for, in tokens.
+
+        Raises ValueError when the base does not reason any more.
+        """
+        if self.state is not State.REASONING or not self._base.ids:
+            raise ValueError(f"search {self.rid} is {self.state.value}: only a running reasoning can be forked")
+        length = len(self.options.prompt_ids) + len(self._base.ids)
+        self.engine.send(ForkPoint(rid=self.rid, length=length))
+        return length
 
     def close(self) -> asyncio.Task[None] | None:
         """The client is gone or has its answer: cancel what still runs. Returns the task that cleans up, if any."""
@@ -157,6 +177,13 @@ class Session:
                 self._on_base(output)
             case TriggerFired():
                 self._triggers.append(event)
+                self._fork_where_due()
+            case ForkPointDone(asked=asked, inserted=inserted):
+                reasoning = asked - len(self.options.prompt_ids)
+                fired = TriggerFired(
+                    rid=self.rid, trigger="asked", length=asked, reasoning_tokens=reasoning, inserted=inserted
+                )
+                self._triggers.append(fired)
                 self._fork_where_due()
             case ForkDone(record, output, error):
                 self._on_fork(record, output, error)

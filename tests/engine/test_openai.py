@@ -155,6 +155,30 @@ def test_other_routes_refuse_specgen_and_serve_the_rest(server: Client) -> None:
     assert "use /v1/chat/completions" in named.text
 
 
+def test_a_running_search_is_forked_on_demand(server: Client) -> None:
+    stream = server.chat(PROMPT, {**SEARCH, "trigger": "none", "termination": "none"}, stream=True, **LONG)
+    asked: list[int] = []
+    for number, chunk in enumerate(stream):
+        if number in (5, 700):
+            search = chunk.id
+            asked.append(server.post(f"/specgen/searches/{search}/fork").json()["length"])
+        if number == 1500:
+            break
+    stream.close()
+    report = server.get(f"/specgen/searches/{search}").json()
+    assert [fork["trigger"] for fork in report["forks"]] == ["asked", "asked"]
+    for fork, length in zip(report["forks"], asked, strict=True):
+        assert fork["prompt_tokens"] + fork["at_token"] == length
+        assert length - 2 <= fork["prefix_inserted"] <= length
+    assert server.post("/specgen/searches/none/fork").status_code == 404
+    for _ in range(100):
+        if server.post(f"/specgen/searches/{search}/fork").status_code in (404, 409):
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("an ended search was forked")
+
+
 def test_a_client_that_leaves_cancels_its_search(server: Client) -> None:
     stream = server.chat(PROMPT, {**SEARCH, "termination": "none"}, stream=True, **LONG)
     for number, _ in enumerate(stream):

@@ -27,6 +27,8 @@ CONFIGS = {
     "bulk-narrow": ("bulk", 3, 1, 3, 8192),
     "bulk-wide": ("bulk", 16, 8, 3, 8192),
     "bulk-one-block": ("bulk", 1, 4, 6, 8192),
+    "bulk-in-turn": ("bulk", 5, 3, 4, 8192, 5),
+    "bulk-paced": ("bulk", 4, 4, 4, 8192, 2, 20.0),
 }
 
 
@@ -95,6 +97,25 @@ def test_a_captured_graph_moves_the_pages_of_its_tables_at_replay(rig: Any) -> N
         for column, new in zip(tables, fresh, strict=True):
             column.copy_(new)
         assert rig.verify_push(lambda _: graph.replay(), tables, True)
+
+
+def test_a_pace_is_kept(rig: Any) -> None:
+    import torch
+
+    tables = rig.tables(rig.pages // 2)
+    moved, marks = len(tables) * rig.shape.page_bytes, [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for method in (("vector", 4, 8, 0, 0, 1, 5.0), ("bulk", 4, 4, 4, 8192, 1, 5.0)):
+        marks[0].record()
+        rig.copier.launch(
+            _kv.Direction.EXPORT,
+            tables.addresses(),
+            _kv.CopyConfig(*method),
+            torch.cuda.current_stream().cuda_stream,
+        )
+        marks[1].record()
+        torch.cuda.synchronize()
+        gbps = moved / marks[0].elapsed_time(marks[1]) / 1e6
+        assert 2.0 < gbps < 6.5
 
 
 def test_token_indices_are_taken_as_sglang_keeps_them(rig: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -95,6 +97,35 @@ def test_chosen_shapes_are_ones_the_kernels_take(slot: int, total: int, directio
     assert (config.method == "vector") == (slot < 512)
 
 
+@given(
+    pages=st.integers(1, 3000),
+    per_page=st.integers(1, 200),
+    workers=st.integers(1, 528),
+    per_worker=st.integers(1, 16),
+)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_tiles_cover_every_segment_once_and_end_each_page_once(
+    pages: int, per_page: int, workers: int, per_worker: int
+) -> None:
+    tiles = _kv.plan_tiles(pages, per_page, workers, per_worker)
+    assert len(tiles) == workers * per_worker
+    assert tiles[0][0] == 0
+    assert tiles[-1][1] == pages * per_page
+    assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(tiles))
+    filled = [(begin, end) for begin, end in tiles if begin < end]
+    whole = sum(max(0, end // per_page - -(-begin // per_page)) for begin, end in filled)
+    # As the last block counts them: a tile that starts inside a page and holds its end.
+    cut = sum(1 for begin, end in filled if begin % per_page and end >= (begin // per_page + 1) * per_page)
+    assert whole + cut == pages
+
+
+def test_equal_shares_differ_little_and_the_last_tiles_are_fine() -> None:
+    shares = [end - begin for begin, end in _kv.plan_tiles(1000, 72, 64, 1)]
+    assert max(shares) - min(shares) <= 1
+    tiles = [end - begin for begin, end in _kv.plan_tiles(7281, 72, 64, 16)]
+    assert max(tiles[-64:]) * 5 < min(tiles[:64])
+
+
 @pytest.mark.parametrize(
     ("given_config", "message"),
     [
@@ -104,9 +135,14 @@ def test_chosen_shapes_are_ones_the_kernels_take(slot: int, total: int, directio
         (("bulk", 16, 4, 2, 8192), "stages=2"),
         (("bulk", 16, 4, 4, 1024), "stage_bytes=1024"),
         (("bulk", 16, 8, 8, 8192), "exceeds a block's shared memory"),
+        (("bulk", 16, 1, 33, 4096), "stages=33"),
+        (("bulk", 16, 8, 17, 2048), "warps x stages=136"),
+        (("bulk", 16, 4, 4, 8192, 0), "tiles_per_warp=0"),
+        (("bulk", 16, 4, 4, 8192, 1, -1.0), "max_gbps=-1"),
+        (("vector", 16, 4, 0, 0, 1, float("inf")), "max_gbps=inf"),
     ],
 )
-def test_impossible_shapes_are_refused(given_config: tuple[str, int, int, int, int], message: str) -> None:
+def test_impossible_shapes_are_refused(given_config: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _kv.check_copy_config(_kv.CopyConfig(*given_config), 2048)
 
