@@ -2,7 +2,9 @@
 
 PYBIND11_MODULE(_kv, module) {
     using namespace specgen::apis;
-    module.doc() = "KV transport: channels, page bookkeeping, shared memory and page copies. The Python face is specgen_engine.kv.";
+    module.doc() =
+        "KV transport: channels, page bookkeeping, shared memory and page copies. The Python face is "
+        "specgen_engine.kv.";
     register_errors(module);
     register_channel(module);
     register_ledger(module);

@@ -1,5 +1,4 @@
 #include "page_copy.hpp"
-
 #include "page_copy_bulk.cuh"
 #include "page_copy_vector.cuh"
 
@@ -13,14 +12,20 @@ cudaError_t prepare_page_copy(uint32_t shared_bytes) {
     return cudaFuncSetAttribute(copy_pages_by_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
 }
 
-cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& shape, uint32_t* finished_blocks, cudaStream_t stream) {
+cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& shape, Progress* progress,
+                             cudaStream_t stream) {
     if (transfer.pages == 0) return cudaSuccess;
+    const Pace pace{shape.picoseconds_per_kib};
     if (shape.method == CopyMethod::kVector) {
-        copy_pages_by_vector<<<shape.blocks, shape.warps * 32, 0, stream>>>(transfer, finished_blocks);
+        const Tiling shares = plan_tiles(transfer.pages, transfer.segments_per_page, shape.blocks, 1);
+        copy_pages_by_vector<<<shape.blocks, shape.warps * 32, 0, stream>>>(transfer, shares, pace, progress);
     } else {
+        const Tiling tiles =
+            plan_tiles(transfer.pages, transfer.segments_per_page, shape.blocks * shape.warps, shape.tiles_per_warp);
         const uint32_t shared_bytes = ring_bytes(shape.warps, shape.stages, shape.stage_bytes);
         const BulkShape ring{shape.stages, shape.stage_bytes, shape.timeout_ns};
-        copy_pages_by_bulk<<<shape.blocks, shape.warps * 32, shared_bytes, stream>>>(transfer, ring, finished_blocks);
+        copy_pages_by_bulk<<<shape.blocks, shape.warps * 32, shared_bytes, stream>>>(transfer, tiles, ring, pace,
+                                                                                     progress);
     }
     return cudaGetLastError();
 }

@@ -16,14 +16,24 @@ struct LaunchShape {
     uint32_t warps;
     uint32_t stages;
     uint32_t stage_bytes;
+    uint32_t tiles_per_warp;       // bulk: 1 for equal shares, more for warps that take tiles as they get on
+    uint64_t picoseconds_per_kib;  // a warp's pace; 0: as fast as it goes
     uint64_t timeout_ns;
 };
 
-// Loads the kernels and raises their shared-memory limit on the current device: once, before the first launch or capture.
+// Device words of one transfer in flight: zeroed before the first, left zeroed by each kernel.
+struct Progress {
+    uint32_t finished_blocks;
+    uint32_t tiles_taken;
+};
+
+// Loads the kernels and raises their shared-memory limit on the current device: once, before the first launch or
+// capture.
 cudaError_t prepare_page_copy(uint32_t shared_bytes);
 
 // Enqueues one kernel, whatever the number of pages; neither allocates nor waits, so a CUDA graph can capture it.
-// `finished_blocks` is a zeroed device word that no other transfer in flight uses; the kernel leaves it zeroed.
-cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& shape, uint32_t* finished_blocks, cudaStream_t stream);
+// No other transfer in flight uses `progress`.
+cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& shape, Progress* progress,
+                             cudaStream_t stream);
 
 }  // namespace specgen

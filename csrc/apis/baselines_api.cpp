@@ -11,29 +11,32 @@ namespace specgen::apis {
 namespace {
 
 void copy_contiguous(uint64_t target, uint64_t source, uint64_t bytes, uint64_t stream) {
-    check_cuda(cudaMemcpyAsync(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), bytes, cudaMemcpyDefault,
-                               reinterpret_cast<cudaStream_t>(stream)),
+    check_cuda(cudaMemcpyAsync(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), bytes,
+                               cudaMemcpyDefault, reinterpret_cast<cudaStream_t>(stream)),
                "cudaMemcpyAsync");
 }
 
-void copy_batch(const Array<uint64_t>& targets, const Array<uint64_t>& sources, const Array<uint64_t>& sizes, uint64_t stream) {
+void copy_batch(const Array<uint64_t>& targets, const Array<uint64_t>& sources, const Array<uint64_t>& sizes,
+                uint64_t stream) {
     if (targets.size() != sources.size() || sources.size() != sizes.size()) {
-        throw UsageError(concat(targets.size(), " targets, ", sources.size(), " sources, ", sizes.size(), " sizes: the counts must agree"));
+        throw UsageError(concat(targets.size(), " targets, ", sources.size(), " sources, ", sizes.size(),
+                                " sizes: the counts must agree"));
     }
     cudaMemcpyAttributes attributes{};
     attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
     size_t first = 0;
     check_cuda(cudaMemcpyBatchAsync(reinterpret_cast<void* const*>(targets.data()),
                                     reinterpret_cast<const void* const*>(sources.data()),
-                                    reinterpret_cast<const size_t*>(sizes.data()), size_t(sizes.size()), &attributes, &first, 1,
-                                    reinterpret_cast<cudaStream_t>(stream)),
+                                    reinterpret_cast<const size_t*>(sizes.data()), size_t(sizes.size()), &attributes,
+                                    &first, 1, reinterpret_cast<cudaStream_t>(stream)),
                "cudaMemcpyBatchAsync");
 }
 
 }  // namespace
 
 void register_baselines(py::module_& module) {
-    module.def("copy_contiguous", &copy_contiguous, py::arg("target"), py::arg("source"), py::arg("bytes"), py::arg("stream"));
+    module.def("copy_contiguous", &copy_contiguous, py::arg("target"), py::arg("source"), py::arg("bytes"),
+               py::arg("stream"));
     module.def("copy_batch", &copy_batch, py::arg("targets"), py::arg("sources"), py::arg("sizes"), py::arg("stream"));
 }
 

@@ -48,7 +48,8 @@ void register_channel(py::module_& module) {
             return py::make_tuple(py::bytes(frame.payload), fds);
         },
         py::arg("socket"), py::arg("timeout_ms"),
-        "(payload, descriptors) of the next message; the caller owns the close-on-exec descriptors. Raises ChannelClosed, "
+        "(payload, descriptors) of the next message; the caller owns the close-on-exec descriptors. Raises "
+        "ChannelClosed, "
         "ChannelInvalid, ChannelTimeout.");
 }
 

@@ -16,7 +16,8 @@ void register_copy(py::module_& module) {
         .value("PAGE_FIRST", ArenaLayout::kPageFirst);
     module.attr("PAGE_MATCHES") = int(kPageMatches);
     module.attr("PAGE_STALE") = int(kPageStale);
-    py::class_<Plane>(module, "Plane", "A device buffer with one row a page: address, bytes from row to row, bytes that travel.")
+    py::class_<Plane>(module, "Plane",
+                      "A device buffer with one row a page: address, bytes from row to row, bytes that travel.")
         .def(py::init<uint64_t, uint64_t, uint64_t>(), py::arg("base"), py::arg("stride"), py::arg("bytes"))
         .def_readonly("base", &Plane::base)
         .def_readonly("stride", &Plane::stride)
@@ -30,31 +31,53 @@ void register_copy(py::module_& module) {
         .def_property_readonly("segments_per_page", [](const PageLayout& self) { return self.segments.size(); });
     module.def("pages_in_chunk", &pages_in_chunk, py::arg("chunk_bytes"), py::arg("page_bytes"));
     module.def("plan_page_layout", &plan_page_layout, py::arg("planes"), py::arg("layout"), py::arg("chunk_bytes"),
-               py::arg("max_segment_bytes") = 8192, "Cut a page into segments. Raises UsageError naming the plane and the value.");
+               py::arg("max_segment_bytes") = 8192,
+               "Cut a page into segments. Raises UsageError naming the plane and the value.");
     py::class_<CopyConfig>(module, "CopyConfig", "The kernel and launch shape of a transfer.")
-        .def(py::init<std::string, uint32_t, uint32_t, uint32_t, uint32_t>(), py::arg("method"), py::arg("sms"), py::arg("warps"),
-             py::arg("stages"), py::arg("stage_bytes"))
+        .def(py::init<std::string, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, double>(), py::arg("method"),
+             py::arg("sms"), py::arg("warps"), py::arg("stages"), py::arg("stage_bytes"), py::arg("tiles_per_warp") = 1,
+             py::arg("max_gbps") = 0.0)
         .def_readonly("method", &CopyConfig::method)
         .def_readonly("sms", &CopyConfig::sms)
         .def_readonly("warps", &CopyConfig::warps)
         .def_readonly("stages", &CopyConfig::stages)
         .def_readonly("stage_bytes", &CopyConfig::stage_bytes)
+        .def_readonly("tiles_per_warp", &CopyConfig::tiles_per_warp)
+        .def_readonly("max_gbps", &CopyConfig::max_gbps)
         .def_property_readonly("shared_bytes", &CopyConfig::shared_bytes)
         .def("__repr__", &CopyConfig::to_string);
-    module.def("select_copy_config", &select_copy_config, py::arg("slot_bytes"), py::arg("total_bytes"), py::arg("direction"), py::arg("sm_budget"));
+    module.def("select_copy_config", &select_copy_config, py::arg("slot_bytes"), py::arg("total_bytes"),
+               py::arg("direction"), py::arg("sm_budget"));
     module.def("check_copy_config", &check_copy_config, py::arg("config"), py::arg("slot_bytes"));
-    py::class_<LoopbackCopier>(module, "LoopbackCopier", "Page copies in host memory, in order, on a thread of its own.")
-        .def(py::init<PageLayout, uint64_t, uint32_t>(), py::arg("layout"), py::arg("arena_base"), py::arg("page_delay_us") = 0)
+    module.def(
+        "plan_tiles",
+        [](uint32_t pages, uint32_t segments_per_page, uint32_t workers, uint32_t per_worker) {
+            const Tiling tiling = plan_tiles(pages, segments_per_page, workers, per_worker);
+            std::vector<std::pair<uint32_t, uint32_t>> tiles;
+            for (uint32_t i = 0; i < tiling.tiles; ++i) tiles.emplace_back(tiling.tile(i).begin, tiling.tile(i).end);
+            return tiles;
+        },
+        py::arg("pages"), py::arg("segments_per_page"), py::arg("workers"), py::arg("per_worker"),
+        "(first, end) of each tile's segments, as the kernels cut a transfer.");
+    py::class_<LoopbackCopier>(module, "LoopbackCopier",
+                               "Page copies in host memory, in order, on a thread of its own.")
+        .def(py::init<PageLayout, uint64_t, uint32_t>(), py::arg("layout"), py::arg("arena_base"),
+             py::arg("page_delay_us") = 0)
         .def(
             "submit",
-            [](LoopbackCopier& self, Direction direction, const Array<int64_t>& device_pages, const Array<int64_t>& arena_pages,
-               const Array<uint64_t>& generations, uint64_t) {
-                return self.submit(direction, {to_vector(device_pages), to_vector(arena_pages), to_vector(generations)});
+            [](LoopbackCopier& self, Direction direction, const Array<int64_t>& device_pages,
+               const Array<int64_t>& arena_pages, const Array<uint64_t>& generations, uint64_t) {
+                return self.submit(direction,
+                                   {to_vector(device_pages), to_vector(arena_pages), to_vector(generations)});
             },
-            py::arg("direction"), py::arg("device_pages"), py::arg("arena_pages"), py::arg("generations"), py::arg("after_stream") = 0)
+            py::arg("direction"), py::arg("device_pages"), py::arg("arena_pages"), py::arg("generations"),
+            py::arg("after_stream") = 0)
         .def("done", &LoopbackCopier::done, py::arg("ticket"))
-        .def("wait", &LoopbackCopier::wait, py::arg("ticket"), py::arg("timeout_ms"), py::call_guard<py::gil_scoped_release>())
-        .def("take_flags", [](LoopbackCopier& self, uint64_t ticket) { return to_array(self.take_flags(ticket)); }, py::arg("ticket"));
+        .def("wait", &LoopbackCopier::wait, py::arg("ticket"), py::arg("timeout_ms"),
+             py::call_guard<py::gil_scoped_release>())
+        .def(
+            "take_flags", [](LoopbackCopier& self, uint64_t ticket) { return to_array(self.take_flags(ticket)); },
+            py::arg("ticket"));
 }
 
 }  // namespace specgen::apis

@@ -33,7 +33,9 @@ bool wait_for_copy(CudaCopier& copier, uint64_t ticket, int timeout_ms) {
 void register_cuda_memory(py::module_& module) {
     py::class_<CudaChunk>(module, "CudaChunk", "Physical memory on a lender's device.")
         .def(py::init<int, uint64_t>(), py::arg("device"), py::arg("bytes"))
-        .def("export_fd", [](const CudaChunk& self) { return self.export_fd().release(); }, "A new descriptor; the caller closes it.")
+        .def(
+            "export_fd", [](const CudaChunk& self) { return self.export_fd().release(); },
+            "A new descriptor; the caller closes it.")
         .def("release", &CudaChunk::release);
     py::class_<CudaSpace>(module, "CudaSpace", "Chunks of peer memory mapped side by side for one device.")
         .def(py::init<int, uint32_t, uint64_t>(), py::arg("device"), py::arg("slots"), py::arg("chunk_bytes"))
@@ -50,23 +52,30 @@ void register_cuda(py::module_& module) {
     module.def("device_count", &device_count, "CUDA devices here; 0 without a driver.");
     register_cuda_memory(module);
     py::class_<DeviceTables>(module, "DeviceTables", "Device addresses of a prepared transfer's page tables.")
-        .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>(), py::arg("device_pages"), py::arg("arena_pages"),
-             py::arg("generations"), py::arg("flags"), py::arg("pages"), py::arg("index_stride") = 1);
+        .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>(), py::arg("device_pages"),
+             py::arg("arena_pages"), py::arg("generations"), py::arg("flags"), py::arg("pages"),
+             py::arg("index_stride") = 1);
     py::class_<CudaCopier>(module, "CudaCopier", "Page copies by one kernel each, on a stream of its own.")
-        .def(py::init<PageLayout, uint64_t, int, uint32_t, uint32_t>(), py::arg("layout"), py::arg("arena_base"), py::arg("device"),
-             py::arg("sm_budget") = 16, py::arg("timeout_ms") = 10000)
+        .def(py::init<PageLayout, uint64_t, int, uint32_t, double, uint32_t>(), py::arg("layout"),
+             py::arg("arena_base"), py::arg("device"), py::arg("sm_budget") = 16, py::arg("max_gbps") = 0.0,
+             py::arg("timeout_ms") = 10000)
         .def(
             "submit",
-            [](CudaCopier& self, Direction direction, const Array<int64_t>& device_pages, const Array<int64_t>& arena_pages,
-               const Array<uint64_t>& generations, uint64_t after_stream) {
-                return self.submit(direction, {to_vector(device_pages), to_vector(arena_pages), to_vector(generations)}, after_stream);
+            [](CudaCopier& self, Direction direction, const Array<int64_t>& device_pages,
+               const Array<int64_t>& arena_pages, const Array<uint64_t>& generations, uint64_t after_stream) {
+                return self.submit(direction, {to_vector(device_pages), to_vector(arena_pages), to_vector(generations)},
+                                   after_stream);
             },
-            py::arg("direction"), py::arg("device_pages"), py::arg("arena_pages"), py::arg("generations"), py::arg("after_stream") = 0)
+            py::arg("direction"), py::arg("device_pages"), py::arg("arena_pages"), py::arg("generations"),
+            py::arg("after_stream") = 0)
         .def("done", &CudaCopier::done, py::arg("ticket"))
         .def("wait", &wait_for_copy, py::arg("ticket"), py::arg("timeout_ms"))
-        .def("take_flags", [](CudaCopier& self, uint64_t ticket) { return to_array(self.take_flags(ticket)); }, py::arg("ticket"))
+        .def(
+            "take_flags", [](CudaCopier& self, uint64_t ticket) { return to_array(self.take_flags(ticket)); },
+            py::arg("ticket"))
         .def("order_after", &CudaCopier::order_after, py::arg("ticket"), py::arg("stream"))
-        .def("launch", &CudaCopier::launch, py::arg("direction"), py::arg("tables"), py::arg("config"), py::arg("stream"), py::arg("lane") = 1)
+        .def("launch", &CudaCopier::launch, py::arg("direction"), py::arg("tables"), py::arg("config"),
+             py::arg("stream"), py::arg("lane") = 1)
         .def("select", &CudaCopier::select, py::arg("direction"), py::arg("pages"))
         .def_property_readonly("stream", &CudaCopier::stream);
 }

@@ -1,5 +1,4 @@
 #include "../ledger/page_ledger.hpp"
-
 #include "arrays.hpp"
 #include "register.hpp"
 
@@ -16,7 +15,9 @@ void register_ledger(py::module_& module) {
         .def("copies_in", &PageLedger::copies_in, py::arg("slot"))
         .def("is_mapped", &PageLedger::is_mapped, py::arg("slot"))
         .def("pause_chunk", &PageLedger::pause_chunk, py::arg("slot"), py::arg("paused"))
-        .def("allocate", [](PageLedger& self, uint32_t count) { return to_array(self.allocate(count)); }, py::arg("count"))
+        .def(
+            "allocate", [](PageLedger& self, uint32_t count) { return to_array(self.allocate(count)); },
+            py::arg("count"))
         .def(
             "generations",
             [](const PageLedger& self, const Array<int64_t>& pages) {
@@ -37,7 +38,9 @@ void register_ledger(py::module_& module) {
                 return to_array(self.begin_copy(to_vector(pages), to_vector(generations)));
             },
             py::arg("pages"), py::arg("generations"))
-        .def("end_copy", [](PageLedger& self, const Array<int64_t>& pages) { self.end_copy(to_vector(pages)); }, py::arg("pages"))
+        .def(
+            "end_copy", [](PageLedger& self, const Array<int64_t>& pages) { self.end_copy(to_vector(pages)); },
+            py::arg("pages"))
         .def("counts",
              [](const PageLedger& self) {
                  const PageCounts c = self.counts();

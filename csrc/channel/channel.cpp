@@ -19,7 +19,8 @@ struct FrameHeader {
 
 class Deadline {
   public:
-    explicit Deadline(int timeout_ms) : timeout_ms_(timeout_ms), end_(Clock::now() + std::chrono::milliseconds(timeout_ms)) {}
+    explicit Deadline(int timeout_ms)
+        : timeout_ms_(timeout_ms), end_(Clock::now() + std::chrono::milliseconds(timeout_ms)) {}
 
     void await(int socket, short events, const char* what) const {
         for (;;) {
@@ -69,7 +70,8 @@ size_t read_exactly(int socket, void* target, size_t bytes, const Deadline& dead
             throw system_failure("recvmsg");
         }
         collect_fds(message, fds);
-        if (message.msg_flags & MSG_CTRUNC) throw ChannelInvalid(concat("message carries more than ", kMaxFrameFds, " descriptors"));
+        if (message.msg_flags & MSG_CTRUNC)
+            throw ChannelInvalid(concat("message carries more than ", kMaxFrameFds, " descriptors"));
         if (got == 0) return done;
         done += size_t(got);
     }
@@ -86,8 +88,10 @@ PeerCredentials peer_credentials(int socket) {
 }
 
 void send_frame(int socket, const std::string& payload, const std::vector<int>& fds, int timeout_ms) {
-    if (payload.size() > kMaxFrameBytes) throw UsageError(concat("message of ", payload.size(), " bytes: the limit is ", kMaxFrameBytes));
-    if (fds.size() > kMaxFrameFds) throw UsageError(concat(fds.size(), " descriptors in one message: the limit is ", kMaxFrameFds));
+    if (payload.size() > kMaxFrameBytes)
+        throw UsageError(concat("message of ", payload.size(), " bytes: the limit is ", kMaxFrameBytes));
+    if (fds.size() > kMaxFrameFds)
+        throw UsageError(concat(fds.size(), " descriptors in one message: the limit is ", kMaxFrameFds));
     const FrameHeader header{kFrameMagic, uint32_t(payload.size()), uint32_t(fds.size())};
     std::string bytes(reinterpret_cast<const char*>(&header), sizeof(header));
     bytes += payload;
@@ -125,9 +129,12 @@ Frame receive_frame(int socket, int timeout_ms) {
     FrameHeader header{};
     const size_t got = read_exactly(socket, &header, sizeof(header), deadline, frame.fds);
     if (got == 0) throw ChannelClosed("peer closed the connection");
-    if (got < sizeof(header)) throw ChannelInvalid(concat("truncated message: ", got, " of ", sizeof(header), " header bytes"));
-    if (header.magic != kFrameMagic) throw ChannelInvalid(concat("message starts with ", header.magic, ", not ", kFrameMagic));
-    if (header.bytes > kMaxFrameBytes) throw ChannelInvalid(concat("message announces ", header.bytes, " bytes: the limit is ", kMaxFrameBytes));
+    if (got < sizeof(header))
+        throw ChannelInvalid(concat("truncated message: ", got, " of ", sizeof(header), " header bytes"));
+    if (header.magic != kFrameMagic)
+        throw ChannelInvalid(concat("message starts with ", header.magic, ", not ", kFrameMagic));
+    if (header.bytes > kMaxFrameBytes)
+        throw ChannelInvalid(concat("message announces ", header.bytes, " bytes: the limit is ", kMaxFrameBytes));
     frame.payload.resize(header.bytes);
     const size_t body = read_exactly(socket, frame.payload.data(), header.bytes, deadline, frame.fds);
     if (body < header.bytes) throw ChannelInvalid(concat("truncated message: ", body, " of ", header.bytes, " bytes"));

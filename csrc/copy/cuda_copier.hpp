@@ -1,4 +1,5 @@
-// The page copy on a GPU: a stream of its own, ordered against the caller's stream by events. Not thread-safe: the GIL guards it.
+// The page copy on a GPU: a stream of its own, ordered against the caller's stream by events. Not thread-safe: the GIL
+// guards it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,7 +26,8 @@ struct DeviceTables {
 
 class CudaCopier {
   public:
-    CudaCopier(PageLayout layout, uint64_t arena_base, int device, uint32_t sm_budget, uint32_t timeout_ms);
+    CudaCopier(PageLayout layout, uint64_t arena_base, int device, uint32_t sm_budget, double max_gbps,
+               uint32_t timeout_ms);
     ~CudaCopier();
     CudaCopier(const CudaCopier&) = delete;
     CudaCopier& operator=(const CudaCopier&) = delete;
@@ -37,9 +39,10 @@ class CudaCopier {
     // Makes `stream` wait for the ticket, without the host waiting.
     void order_after(uint64_t ticket, uint64_t stream);
 
-    // One kernel on `stream`, which a CUDA graph may be capturing: no allocation, no wait. Transfers in flight at the same
-    // time need different `lane`s (0 to 15; 0 is submit's).
-    void launch(Direction direction, const DeviceTables& tables, const CopyConfig& config, uint64_t stream, uint32_t lane);
+    // One kernel on `stream`, which a CUDA graph may be capturing: no allocation, no wait. Transfers in flight at the
+    // same time need different `lane`s (0 to 15; 0 is submit's).
+    void launch(Direction direction, const DeviceTables& tables, const CopyConfig& config, uint64_t stream,
+                uint32_t lane);
     CopyConfig select(Direction direction, uint32_t pages) const;
     const PageLayout& layout() const { return layout_; }
     uint64_t stream() const { return uint64_t(stream_); }
@@ -58,11 +61,12 @@ class CudaCopier {
     uint64_t arena_base_;
     int device_;
     uint32_t sm_budget_;
+    double max_gbps_;
     uint64_t timeout_ns_;
     cudaStream_t stream_ = nullptr;
     cudaEvent_t order_ = nullptr;
     Segment* segments_ = nullptr;
-    uint32_t* finished_blocks_ = nullptr;
+    Progress* progress_ = nullptr;
     uint64_t submitted_ = 0;
     std::map<uint64_t, Ticket> tickets_;
     std::vector<std::unique_ptr<Staging>> idle_;

@@ -9,11 +9,13 @@
 namespace specgen {
 namespace {
 
-void copy_one_page(const PageLayout& layout, const ArenaView& view, Direction direction, int64_t device_page, int64_t arena_page) {
+void copy_one_page(const PageLayout& layout, const ArenaView& view, Direction direction, int64_t device_page,
+                   int64_t arena_page) {
     for (const Segment& segment : layout.segments) {
         auto* device = reinterpret_cast<void*>(segment.device_base + uint64_t(device_page) * segment.device_stride);
         auto* arena = reinterpret_cast<void*>(view.segment_address(segment, uint32_t(arena_page)));
-        direction == Direction::kExport ? std::memcpy(arena, device, segment.bytes) : std::memcpy(device, arena, segment.bytes);
+        direction == Direction::kExport ? std::memcpy(arena, device, segment.bytes)
+                                        : std::memcpy(device, arena, segment.bytes);
     }
 }
 
@@ -21,11 +23,13 @@ void copy_one_page(const PageLayout& layout, const ArenaView& view, Direction di
 
 void PageList::check() const {
     if (device_pages.size() != arena_pages.size() || arena_pages.size() != generations.size()) {
-        throw UsageError(concat(device_pages.size(), " device pages, ", arena_pages.size(), " arena pages, ", generations.size(), " generations: the counts must agree"));
+        throw UsageError(concat(device_pages.size(), " device pages, ", arena_pages.size(), " arena pages, ",
+                                generations.size(), " generations: the counts must agree"));
     }
 }
 
-void copy_pages(const PageLayout& layout, uint64_t arena_base, Direction direction, const PageList& pages, int32_t* flags) {
+void copy_pages(const PageLayout& layout, uint64_t arena_base, Direction direction, const PageList& pages,
+                int32_t* flags) {
     const ArenaView view = layout.view(arena_base);
     for (size_t i = 0; i < pages.arena_pages.size(); ++i) {
         auto* tag = reinterpret_cast<uint64_t*>(view.tag_address(uint32_t(pages.arena_pages[i])));
@@ -74,7 +78,8 @@ bool LoopbackCopier::wait(uint64_t ticket, int timeout_ms) {
 std::vector<int32_t> LoopbackCopier::take_flags(uint64_t ticket) {
     std::lock_guard lock(mutex_);
     const auto entry = finished_.find(ticket);
-    if (entry == finished_.end()) throw UsageError(concat("copy ", ticket, " is unfinished, or its flags were taken before"));
+    if (entry == finished_.end())
+        throw UsageError(concat("copy ", ticket, " is unfinished, or its flags were taken before"));
     auto flags = std::move(entry->second);
     finished_.erase(entry);
     return flags;
@@ -90,8 +95,10 @@ void LoopbackCopier::work() {
             job = std::move(queue_.front());
             queue_.pop_front();
         }
-        if (page_delay_us_ > 0) std::this_thread::sleep_for(std::chrono::microseconds(page_delay_us_ * job.pages.arena_pages.size()));
-        std::vector<int32_t> flags(job.direction == Direction::kImport ? job.pages.arena_pages.size() : 0, kPageUnchecked);
+        if (page_delay_us_ > 0)
+            std::this_thread::sleep_for(std::chrono::microseconds(page_delay_us_ * job.pages.arena_pages.size()));
+        std::vector<int32_t> flags(job.direction == Direction::kImport ? job.pages.arena_pages.size() : 0,
+                                   kPageUnchecked);
         copy_pages(layout_, arena_base_, job.direction, job.pages, flags.data());
         {
             std::lock_guard lock(mutex_);

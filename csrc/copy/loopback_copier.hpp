@@ -22,7 +22,8 @@ struct PageList {
 };
 
 // The kernel's contract in plain C++: tags zeroed before, written after (export); flags set (import).
-void copy_pages(const PageLayout& layout, uint64_t arena_base, Direction direction, const PageList& pages, int32_t* flags);
+void copy_pages(const PageLayout& layout, uint64_t arena_base, Direction direction, const PageList& pages,
+                int32_t* flags);
 
 class LoopbackCopier {
   public:

@@ -12,7 +12,9 @@ constexpr uint64_t kPieceAlignment = 128;  // one L2 line: pieces of one row nev
 
 void check_plane(size_t index, const Plane& plane) {
     const auto require = [&](bool ok, const char* field, uint64_t value) {
-        if (!ok) throw UsageError(concat("plane ", index, ": ", field, "=", value, " must be a positive multiple of 16 bytes"));
+        if (!ok)
+            throw UsageError(
+                concat("plane ", index, ": ", field, "=", value, " must be a positive multiple of 16 bytes"));
     };
     require(plane.base != 0 && plane.base % kAlignment == 0, "base", plane.base);
     require(plane.bytes != 0 && plane.bytes % kAlignment == 0, "bytes", plane.bytes);
@@ -26,10 +28,12 @@ uint32_t pages_in_chunk(uint64_t chunk_bytes, uint64_t page_bytes) {
     return uint32_t(chunk_bytes / (page_bytes + sizeof(uint64_t)));
 }
 
-PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout, uint64_t chunk_bytes, uint32_t max_segment_bytes) {
+PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout, uint64_t chunk_bytes,
+                            uint32_t max_segment_bytes) {
     if (planes.empty()) throw UsageError("planes is empty: a page needs at least one buffer");
     if (max_segment_bytes < kPieceAlignment || max_segment_bytes % kPieceAlignment != 0) {
-        throw UsageError(concat("max_segment_bytes=", max_segment_bytes, " must be a positive multiple of ", kPieceAlignment));
+        throw UsageError(
+            concat("max_segment_bytes=", max_segment_bytes, " must be a positive multiple of ", kPieceAlignment));
     }
     PageLayout plan{layout, chunk_bytes, 0, 0, 0, 0, {}};
     for (size_t i = 0; i < planes.size(); ++i) {
@@ -37,16 +41,20 @@ PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout
         plan.page_bytes += planes[i].bytes;
     }
     plan.pages_per_chunk = pages_in_chunk(chunk_bytes, plan.page_bytes);
-    if (plan.pages_per_chunk == 0) throw UsageError(concat("chunk_bytes=", chunk_bytes, " holds no page of ", plan.page_bytes, " bytes: use larger chunks"));
+    if (plan.pages_per_chunk == 0)
+        throw UsageError(
+            concat("chunk_bytes=", chunk_bytes, " holds no page of ", plan.page_bytes, " bytes: use larger chunks"));
     plan.tag_offset = plan.pages_per_chunk * plan.page_bytes;
     uint64_t before = 0;
     for (const Plane& plane : planes) {
         const bool page_first = layout == ArenaLayout::kPageFirst;
         const uint64_t offset = page_first ? before : before * plan.pages_per_chunk;
         const uint64_t stride = page_first ? plan.page_bytes : plane.bytes;
-        if (stride > UINT32_MAX) throw UsageError(concat("a page of ", stride, " bytes is too large: the limit is 4 GiB"));
+        if (stride > UINT32_MAX)
+            throw UsageError(concat("a page of ", stride, " bytes is too large: the limit is 4 GiB"));
         const uint64_t pieces = (plane.bytes + max_segment_bytes - 1) / max_segment_bytes;
-        const uint64_t even = ((plane.bytes + pieces - 1) / pieces + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+        const uint64_t even =
+            ((plane.bytes + pieces - 1) / pieces + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
         for (uint64_t at = 0; at < plane.bytes; at += even) {
             const uint32_t bytes = uint32_t(std::min(even, plane.bytes - at));
             plan.segments.push_back({plane.base + at, plane.stride, offset + at, uint32_t(stride), bytes});

@@ -34,6 +34,7 @@ struct PageLayout {
 uint32_t pages_in_chunk(uint64_t chunk_bytes, uint64_t page_bytes);
 
 // Throws UsageError naming the plane and value: sizes, strides and addresses must be multiples of 16 bytes.
-PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout, uint64_t chunk_bytes, uint32_t max_segment_bytes);
+PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout, uint64_t chunk_bytes,
+                            uint32_t max_segment_bytes);
 
 }  // namespace specgen

@@ -10,11 +10,14 @@ namespace {
 constexpr uint64_t kGranularity = 2u << 20;
 
 void check_chunk_bytes(uint64_t bytes) {
-    if (bytes == 0 || bytes % kGranularity != 0) throw UsageError(concat("chunk_bytes=", bytes, " must be a positive multiple of 2 MiB"));
+    if (bytes == 0 || bytes % kGranularity != 0)
+        throw UsageError(concat("chunk_bytes=", bytes, " must be a positive multiple of 2 MiB"));
 }
 
 // cuMem* calls need the device's primary context: cudaFree(0) makes one.
-void make_context() { check_cuda(cudaFree(nullptr), "starting CUDA on the device"); }
+void make_context() {
+    check_cuda(cudaFree(nullptr), "starting CUDA on the device");
+}
 
 }  // namespace
 
@@ -34,7 +37,8 @@ CudaChunk::CudaChunk(int device, uint64_t bytes) {
 ScopedFd CudaChunk::export_fd() const {
     if (!owned_) throw UsageError("the chunk was released: it has no descriptor to export");
     int fd = -1;
-    check_driver(driver().mem_export(&fd, handle_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0), "cuMemExportToShareableHandle");
+    check_driver(driver().mem_export(&fd, handle_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                 "cuMemExportToShareableHandle");
     return ScopedFd(fd);
 }
 
@@ -42,7 +46,8 @@ void CudaChunk::release() noexcept {
     if (std::exchange(owned_, false)) driver().mem_release(handle_);
 }
 
-CudaSpace::CudaSpace(int device, uint32_t slots, uint64_t chunk_bytes) : device_(device), chunk_bytes_(chunk_bytes), mapped_(slots, false) {
+CudaSpace::CudaSpace(int device, uint32_t slots, uint64_t chunk_bytes)
+    : device_(device), chunk_bytes_(chunk_bytes), mapped_(slots, false) {
     check_chunk_bytes(chunk_bytes);
     if (slots == 0) throw UsageError("slots=0: an arena needs at least one");
     DeviceGuard guard(device);
@@ -59,15 +64,17 @@ CudaSpace::~CudaSpace() {
 
 void CudaSpace::require_state(uint32_t slot, bool mapped) const {
     if (slot >= mapped_.size()) throw UsageError(concat("slot ", slot, " lies outside the ", mapped_.size(), " slots"));
-    if (mapped_[slot] != mapped) throw UsageError(concat("slot ", slot, mapped ? " holds no chunk" : " already holds a chunk"));
+    if (mapped_[slot] != mapped)
+        throw UsageError(concat("slot ", slot, mapped ? " holds no chunk" : " already holds a chunk"));
 }
 
 void CudaSpace::map(uint32_t slot, int fd) {
     require_state(slot, false);
     DeviceGuard guard(device_);
     CUmemGenericAllocationHandle handle = 0;
-    check_driver(driver().mem_import(&handle, reinterpret_cast<void*>(intptr_t(fd)), CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
-                 "cuMemImportFromShareableHandle: the descriptor is no chunk of GPU memory");
+    check_driver(
+        driver().mem_import(&handle, reinterpret_cast<void*>(intptr_t(fd)), CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+        "cuMemImportFromShareableHandle: the descriptor is no chunk of GPU memory");
     const CUdeviceptr at = base_ + slot * chunk_bytes_;
     const CUresult mapped = driver().mem_map(at, chunk_bytes_, 0, handle, 0);
     driver().mem_release(handle);  // the mapping keeps the memory
@@ -91,6 +98,8 @@ void CudaSpace::unmap(uint32_t slot) {
     mapped_[slot] = false;
 }
 
-uint32_t CudaSpace::mapped() const { return uint32_t(std::count(mapped_.begin(), mapped_.end(), true)); }
+uint32_t CudaSpace::mapped() const {
+    return uint32_t(std::count(mapped_.begin(), mapped_.end(), true));
+}
 
 }  // namespace specgen

@@ -19,7 +19,8 @@ class LoopbackSpace {
     LoopbackSpace(const LoopbackSpace&) = delete;
     LoopbackSpace& operator=(const LoopbackSpace&) = delete;
 
-    // Throws UsageError when the slot is taken or the descriptor is no sealed memfd of chunk_bytes. Keeps no descriptor.
+    // Throws UsageError when the slot is taken or the descriptor is no sealed memfd of chunk_bytes. Keeps no
+    // descriptor.
     void map(uint32_t slot, int fd);
     void unmap(uint32_t slot);
     uint64_t base() const { return uint64_t(base_); }

@@ -9,7 +9,8 @@ void fetch(Function& entry, const char* name) {
     void* address = nullptr;
     cudaDriverEntryPointQueryResult found{};
     check_cuda(cudaGetDriverEntryPointByVersion(name, &address, kVersion, cudaEnableDefault, &found), name);
-    if (found != cudaDriverEntryPointSuccess) throw SystemFailure(concat("the CUDA driver has no ", name, ": a driver of CUDA 12 or newer is needed"));
+    if (found != cudaDriverEntryPointSuccess)
+        throw SystemFailure(concat("the CUDA driver has no ", name, ": a driver of CUDA 12 or newer is needed"));
     entry = reinterpret_cast<Function>(address);
 }
 

@@ -9,7 +9,8 @@
 namespace specgen {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw SystemFailure(concat(what, ": ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ")"));
+    if (status != cudaSuccess)
+        throw SystemFailure(concat(what, ": ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ")"));
 }
 
 inline void check_driver(CUresult status, const char* what) {
