@@ -30,6 +30,8 @@ def config_for(method: str, rig: Rig, direction: str, pages: int, sms: int) -> A
     """The launch shape of one of our rows: `auto` as the library chooses, or a kernel by name with its usual shape."""
     layout = rig.arena.layout
     auto = _kv.select_copy_config(layout.slot_bytes, pages * layout.page_bytes, direction_of(direction), sms)
+    if method == "static":
+        return _kv.CopyConfig(auto.method, auto.sms, auto.warps, auto.stages, auto.stage_bytes)
     if method == "vector":
         return _kv.CopyConfig("vector", auto.sms, 32, 0, 0)
     if method == "bulk" and auto.method != "bulk":
@@ -60,6 +62,26 @@ def copy_engine(rig: Rig, direction: str, bytes_: int) -> Move:
     """Contiguous, the ceiling: the pool's first bytes and the arena's."""
     target, source = (rig.base, rig.pool.data_ptr()) if direction == "push" else (rig.pool.data_ptr(), rig.base)
     return lambda tables, stream: _kv.copy_contiguous(target, source, bytes_, stream)
+
+
+def copy_engines_both_ways(bytes_: int) -> tuple[Move, Move]:
+    """(GPU 0 writes to GPU 1, GPU 1 writes to GPU 0), contiguous, each to be issued by the GPU that writes.
+
+    Two copies that one GPU issues, one each way, take turns: 397 GB/s for both together, measured on two H100.
+    """
+    here, there = (torch.zeros(2 * bytes_, dtype=torch.uint8, device=f"cuda:{index}") for index in range(2))
+    there[:16].copy_(here[:16])  # torch enables peer access at the first copy each way
+    here[:16].copy_(there[:16])
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+
+    def push(tables: Tables, stream: int) -> None:
+        _kv.copy_contiguous(there.data_ptr(), here.data_ptr(), bytes_, stream)
+
+    def pull(tables: Tables, stream: int) -> None:
+        _kv.copy_contiguous(here.data_ptr() + bytes_, there.data_ptr() + bytes_, bytes_, stream)
+
+    return push, pull
 
 
 def copy_batch(rig: Rig, direction: str, tables_list: list[Tables]) -> Move:

@@ -26,7 +26,8 @@ from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.kv.native import _kv
 
 ROOT = Path(__file__).resolve().parent.parent
-SPARE = 1.25  # arena and pool hold this many times the largest batch, so that random pages lie scattered
+# Arena and pool hold so many times the largest batch: random pages lie scattered; for copies both ways, two batches.
+SPARE, SPARE_BOTH_WAYS = 1.25, 2.05
 
 
 class Tables(NamedTuple):
@@ -112,6 +113,7 @@ class Rig:
         device: `cuda:0`, or `cpu` for the loopback.
         lender: where the chunks come from.
         batch_bytes: the largest batch the rig will move.
+        spare: pages on each side, in largest batches.
     """
 
     def __init__(
@@ -123,13 +125,14 @@ class Rig:
         batch_bytes: int,
         seed: int,
         segment_bytes: int = 8192,
+        spare: float = SPARE,
     ) -> None:
         self.shape = shape
         self.device = torch.device(device)
         self.chunk_bytes = chunk_mib * MIB
         backend: Backend = CudaBackend(self.device.index) if self.on_gpu else LoopbackBackend()
         batch_pages = max(1, batch_bytes // shape.page_bytes)
-        self.pages = max(int(batch_pages * SPARE), batch_pages + 8)
+        self.pages = max(int(batch_pages * spare), batch_pages + 8)
         self.pool = torch.randint(0, 256, (self.pages * shape.page_bytes,), dtype=torch.uint8, device=self.device)
         self.planes = self._split(self.pool)
         layout = _kv.ArenaLayout.PAGE_FIRST if shape.layout == "page_first" else _kv.ArenaLayout.LAYER_FIRST
@@ -169,6 +172,14 @@ class Rig:
         at_device, at_arena, tags = [
             torch.from_numpy(column).to(self.device) for column in (at, self.refs.pages[where], generations)
         ]
+        return Tables(at_device, at_arena, tags, torch.zeros(pages, dtype=torch.int32, device=self.device))
+
+    def sequential_tables(self, pages: int) -> Tables:
+        """The first pages to the first pages, in order: what scatter costs."""
+        at = np.arange(pages)
+        where = np.argsort(self.refs.pages)[:pages]
+        columns = (at, self.refs.pages[where], self.refs.generations[where].view(np.int64))
+        at_device, at_arena, tags = [torch.from_numpy(column).to(self.device) for column in columns]
         return Tables(at_device, at_arena, tags, torch.zeros(pages, dtype=torch.int32, device=self.device))
 
     def snapshot(self) -> torch.Tensor:

@@ -19,9 +19,11 @@ DIRECTIONS = ("push", "pull")
 TABLE_SETS = 4
 TUNING_BATCH = 256 * MIB
 TUNED_CHUNKS = (1 << 10, 2 << 10, 8 << 10, 32 << 10)
-DECODE_CHUNKS = (2 << 10, 32 << 10)
-DECODE_SMS = (4, 8, 16, 32)
-DUTIES = (1.0, 0.1)
+DECODE_CHUNKS = (2 << 10,)
+DECODE_SMS = (1, 2, 4, 8, 16)
+DECODE_PACES_GBPS = (25.0, 50.0, 100.0, 200.0)
+SMALL_RINGS = (8, 16, 32, 64)  # SMs; one warp and 33 KiB each leave room for a decode kernel's blocks beside them
+HEADLINE = 200 * MIB  # batches above it have rows that explain the others: equal shares, pages in order
 
 
 class RowMaker:
@@ -49,9 +51,9 @@ class RowMaker:
             yield from self._ceiling_rows(rig, case, sets)
             for direction in DIRECTIONS:
                 yield from self._ours(rig, case, direction, sets)
-                if case.sms == 16:
+                if case.sms == 16 and rig.shape.name != "pieces":
                     yield from self._others(rig, case, direction, sets)
-            if case.batch_bytes >= 16 * MIB or self.args.quick:
+            if (case.batch_bytes >= 16 * MIB or self.args.quick) and rig.shape.name != "pieces":
                 yield self._both_ways(rig, case)
         if rig.on_gpu and rig.shape.name == "sweep" and rig.shape.chunk_bytes in DECODE_CHUNKS:
             yield from self._decode_rows(rig)
@@ -86,19 +88,20 @@ class RowMaker:
         size = case.pages * rig.shape.page_bytes
         if ("push", size) in self._ceilings or not rig.on_gpu:
             return
-        moves = {direction: methods.copy_engine(rig, direction, size) for direction in DIRECTIONS}
-        for direction in (*DIRECTIONS, "both"):
-            jobs = [Job(moves[way], sets) for way in (DIRECTIONS if direction == "both" else (direction,))]
-            timing = measure(rig, jobs)
-            row = self._row(
-                rig, case, "copy-engine", direction, timing, verified=self._contiguous_right(rig, direction, size)
-            )
+        for direction in DIRECTIONS:
+            timing = measure(rig, [Job(methods.copy_engine(rig, direction, size), sets)])
+            right = self._contiguous_right(rig, direction, size)
+            row = self._row(rig, case, "copy-engine", direction, timing, verified=right)
             self._ceilings[direction, size] = row["gbps"]
             yield row | {"of_ceiling": 1.0}
+        if size >= 16 * MIB // 2:
+            # Each way is verified alone, above.
+            jobs = [Job(move, sets, gpu) for gpu, move in enumerate(methods.copy_engines_both_ways(size))]
+            row = self._row(rig, case, "copy-engine", "both", measure(rig, jobs))
+            self._ceilings["both", size] = row["gbps"]
+            yield row | {"of_ceiling": 1.0}
 
-    def _contiguous_right(self, rig: Rig, direction: str, size: int) -> bool | None:
-        if direction == "both":  # the two copies overwrite each other's source; each way is verified alone
-            return None
+    def _contiguous_right(self, rig: Rig, direction: str, size: int) -> bool:
         rig.pool.add_(1)
         before, pool = rig.snapshot(), rig.pool.clone()
         target, source = (before, pool) if direction == "push" else (pool, before)
@@ -108,17 +111,21 @@ class RowMaker:
         return torch.equal(rig.snapshot(), before) and torch.equal(rig.pool, pool)
 
     def _ours(self, rig: Rig, case: Case, direction: str, sets: list[Tables]) -> Iterator[dict[str, Any]]:
-        names = ("auto", "bulk", "vector") if rig.on_gpu else ("auto",)
+        names = ("auto", "bulk", "vector", "static") if rig.on_gpu else ("auto",)
         auto = methods.config_for("auto", rig, direction, case.pages, case.sms)
         for name in names:
             config = methods.config_for(name, rig, direction, case.pages, case.sms)
-            if name != "auto" and config.method == auto.method:
+            if name != "auto" and repr(config) == repr(auto):
                 continue
             yield self._ours_row(rig, case, f"ours-{name}", direction, sets, config)
         tuned = self._configs.get((direction, rig.arena.layout.slot_bytes))
         if tuned is not None:
-            config = _kv.CopyConfig(tuned.method, case.sms, tuned.warps, tuned.stages, tuned.stage_bytes)
+            tiles = max(1, auto.tiles_per_warp * auto.warps // tuned.warps)
+            config = _kv.CopyConfig(tuned.method, case.sms, tuned.warps, tuned.stages, tuned.stage_bytes, tiles)
             yield self._ours_row(rig, case, "ours-tuned", direction, sets, config)
+        if rig.on_gpu and case.batch_bytes > HEADLINE and case.sms == 16:
+            in_order = [rig.sequential_tables(case.pages)]
+            yield self._ours_row(rig, case, "ours-sequential", direction, in_order, auto)
 
     def _ours_row(
         self, rig: Rig, case: Case, method: str, direction: str, sets: list[Tables], config: Any
@@ -200,29 +207,45 @@ class RowMaker:
             for way, move, sets in zip(DIRECTIONS, moves, halves, strict=True)
         )
         timing = measure(rig, [Job(move, sets) for move, sets in zip(moves, halves, strict=True)])
-        row = self._row(
+        return self._row(
             rig, half, "ours-auto", "both", timing, sms=2 * configs[0].sms, config=repr(configs[0]), verified=verified
         )
-        ceiling = self._ceilings.get(("both", case.pages * case.shape.page_bytes))
-        return row | {"of_ceiling": row["gbps"] / ceiling if ceiling else None}
 
     def _decode_rows(self, rig: Rig) -> Iterator[dict[str, Any]]:
+        """What copies cost a decode step, against the GB/s they reach: by SMs, by pace, by size of the ring."""
         self._load = self._load or DecodeLoad(rig.device)
         case = Case(rig.shape, TUNING_BATCH, 16)
         sets = [rig.tables(case.pages) for _ in range(TABLE_SETS)]
         self._export_first(rig, sets)
+        size = case.pages * rig.shape.page_bytes
         for direction in DIRECTIONS:
-            for sms in DECODE_SMS:
-                config = methods.config_for("auto", rig, direction, case.pages, sms)
-                move = methods.ours(rig, direction, config, lane=3)
-                verified = self._verify(rig, direction, move, sets[0], tagged=True)
-                for duty in DUTIES:
-                    slowdown, gbps = beside_decode(rig, Job(move, sets), self._load, duty)
-                    row = self._row(
-                        rig, case, "ours-auto+decode", direction, None, sms=sms, config=repr(config), verified=verified
-                    )
-                    us = case.pages * rig.shape.page_bytes / gbps / 1e3
-                    yield row | {"gbps": gbps, "us": us, "decode_slowdown": slowdown, "duty": duty}
+            for method, config, duty in self._beside_decode(rig, direction, case):
+                if config is None:
+                    move, more = methods.copy_engine(rig, direction, size), {}
+                    verified = self._contiguous_right(rig, direction, size)
+                else:
+                    move = methods.ours(rig, direction, config, lane=3)
+                    verified = self._verify(rig, direction, move, sets[0], tagged=True)
+                    more = {"sms": config.sms, "config": repr(config), "max_gbps": config.max_gbps}
+                slowdown, gbps = beside_decode(rig, Job(move, sets), self._load, duty)
+                row = self._row(rig, case, f"{method}+decode", direction, None, verified=verified)
+                yield row | more | {"gbps": gbps, "us": size / gbps / 1e3, "decode_slowdown": slowdown, "duty": duty}
+                if config is None:  # it wrote over the exported pages' tags
+                    self._export_first(rig, sets)
+
+    def _beside_decode(self, rig: Rig, direction: str, case: Case) -> Iterator[tuple[str, Any, float]]:
+        auto = {sms: methods.config_for("auto", rig, direction, case.pages, sms) for sms in DECODE_SMS}
+        yield "copy-engine", None, 1.0
+        for config in auto.values():
+            yield "ours-auto", config, 1.0
+        yield "ours-auto", auto[16], 0.1
+        for gbps in DECODE_PACES_GBPS:
+            for sms in (4, 16):
+                c = auto[sms]
+                paced = (c.method, c.sms, c.warps, c.stages, c.stage_bytes, c.tiles_per_warp, gbps)
+                yield "ours-paced", _kv.CopyConfig(*paced), 1.0
+        for sms in SMALL_RINGS:
+            yield "ours-small", _kv.CopyConfig("bulk", sms, 1, 4, 8192, auto[16].tiles_per_warp), 1.0
 
     def _tune(self, rig: Rig) -> Iterator[dict[str, Any]]:
         """Launch shapes at 16 SMs; the best of each direction serves the rows named ours-tuned."""
@@ -231,7 +254,7 @@ class RowMaker:
         sets = [rig.tables(case.pages) for _ in range(TABLE_SETS)]
         for direction in DIRECTIONS:
             best = 0.0
-            for config in tuning_shapes(slot):
+            for config in tuning_shapes(slot, TUNING_BATCH):
                 row = self._ours_row(rig, case, "tune", direction, sets, config)
                 yield row
                 if row["verified"] and row["gbps"] > best:
@@ -257,18 +280,26 @@ class RowMaker:
         return int(torch.cuda.current_stream().cuda_stream)
 
 
+TUNED_TILE = MIB // 2
 BOOK_BYTES = 32 * 12  # beside each stage: where its segments go
 
 
-def tuning_shapes(slot_bytes: int) -> list[Any]:
-    """Rings from few large stages to many small ones, as many as a block's shared memory holds."""
+def tuning_shapes(slot_bytes: int, total_bytes: int) -> list[Any]:
+    """Rings from few large stages to many small ones, up to all of a block's shared memory; tiles of some sizes."""
     limit = 225 * 1024
-    listed = []
+    shapes: dict[tuple[int, int, int], None] = {}
     for warps in (1, 2, 4, 8):
         for stage in (4096, 8192, 16384, 32768):
             stage_bytes = max(slot_bytes, stage // slot_bytes * slot_bytes)
-            stages = min(16, limit // (warps * (stage_bytes + BOOK_BYTES)))
-            config = (warps, stages, stage_bytes)
-            if stages >= 3 and stage_bytes <= 32 * slot_bytes and config not in listed:
-                listed.append(config)
-    return [_kv.CopyConfig("bulk", 16, *config) for config in listed]
+            most = min(32, 128 // warps, limit // (warps * (stage_bytes + BOOK_BYTES)))
+            if most >= 3 and stage_bytes <= 32 * slot_bytes:
+                shapes |= {
+                    (warps, stages, stage_bytes): None for stages in {most, max(3, most * 5 // 8), max(3, most // 3)}
+                }
+    tiles = max(1, total_bytes // (16 * 4 * TUNED_TILE))
+    listed = [_kv.CopyConfig("bulk", 16, *shape, max(1, tiles * 4 // shape[0])) for shape in shapes]
+    auto = _kv.select_copy_config(slot_bytes, total_bytes, _kv.Direction.EXPORT, 16)
+    if auto.method == "bulk":
+        usual = ("bulk", 16, auto.warps, auto.stages, auto.stage_bytes)
+        listed += [_kv.CopyConfig(*usual, count) for count in (1, 2, 4, 16, 32)]
+    return listed

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         for config in (
             _kv.select_copy_config(2048, batch, _kv.Direction.EXPORT, 16),
             _kv.CopyConfig("vector", 16, 32, 0, 0),
+            _kv.CopyConfig("bulk", 7, 3, 4, 8192, tiles_per_warp=3),
         ):
             for direction, verify in ((_kv.Direction.EXPORT, rig.verify_push), (_kv.Direction.IMPORT, rig.verify_pull)):
                 right = verify(partial(launch, rig, direction, config), tables, True)

@@ -13,6 +13,7 @@ class Shape(NamedTuple):
     name: str
     planes: tuple[int, ...]
     layout: str = "page_first"
+    segment_bytes: int = 0  # the largest piece one bulk copy moves; 0: as the command line says
 
     @property
     def chunk_bytes(self) -> int:
@@ -52,6 +53,11 @@ def sweep(chunk_kib: int, layout: str = "page_first") -> Shape:
     return Shape(f"sweep{suffix}", (chunk_kib * KIB,) * 72, layout)
 
 
+def pieces(segment_bytes: int) -> Shape:
+    """Chunks of 32 KiB cut into pieces of another size: does the size of one bulk copy matter?"""
+    return Shape("pieces", (32 * KIB,) * 72, segment_bytes=segment_bytes)
+
+
 def single_plane(chunk_kib: int) -> Shape:
     """One buffer, as MLA's: a page is one chunk."""
     return Shape("single", (chunk_kib * KIB,))
@@ -62,6 +68,7 @@ MODEL_SHAPES = [
     *(mla("glm-5", 78, page) for page in (1, 16, 64)),
     *(mla("deepseek-v3.2", 61, page) for page in (1, 16, 64)),
 ]
+PIECES = (2 * KIB, 4 * KIB, 16 * KIB, 32 * KIB)
 SWEEP_KIB = (2, 32, 1, 8, 4, 16, 64, 128)  # those that the headline is judged by first
 LATENCY_SHAPE = single_plane(32)
 LATENCY_PAGES = 64
@@ -73,4 +80,4 @@ def batches_of(shape: Shape, quick: bool) -> list[int]:
         return [0, 4 * MIB]
     if shape.name.startswith("sweep"):
         return [0, 1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB]
-    return [0, 16 * MIB, 256 * MIB]
+    return [256 * MIB, GIB] if shape.name == "pieces" else [0, 256 * MIB, GIB]

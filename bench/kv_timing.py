@@ -18,7 +18,7 @@ HEAD_START_CYCLES = 2_000_000  # about a millisecond
 HEAD_START_PER_SAMPLE = 150_000  # the host enqueues a sample faster than this: the device never waits for it
 
 
-_streams: list[torch.cuda.Stream] = []
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 
 class Timing(NamedTuple):
@@ -34,6 +34,7 @@ class Job(NamedTuple):
 
     move: Move
     tables: Sequence[Tables]
+    device: int | None = None  # the GPU that issues it; None: the current one
 
 
 def _summary(times: list[float]) -> Timing:
@@ -53,11 +54,12 @@ def _round(rig: Rig, jobs: Sequence[Job], samples: int) -> list[float]:
     return _events(jobs, samples) if rig.on_gpu else _wall(jobs, samples)
 
 
-def _side_streams(count: int) -> list[torch.cuda.Stream]:
+def _side_stream(index: int, job: Job) -> torch.cuda.Stream:
     """The same streams each time: torch hands out 32 in turn, and two of a sample's must not be one."""
-    while len(_streams) < count:
-        _streams.append(torch.cuda.Stream())
-    return _streams[:count]
+    device = torch.cuda.current_device() if job.device is None else job.device
+    if (index, device) not in _streams:
+        _streams[index, device] = torch.cuda.Stream(device=device)
+    return _streams[index, device]
 
 
 def _wall(jobs: Sequence[Job], samples: int) -> list[float]:
@@ -71,8 +73,10 @@ def _wall(jobs: Sequence[Job], samples: int) -> list[float]:
 
 
 def _events(jobs: Sequence[Job], samples: int) -> list[float]:
+    """Between two events of one stream lies what a job enqueues and nothing else: for our rows one kernel (tables read,
+    bytes moved, tags settled), for a peer's its own kernels or copies. Enqueueing is done before the first starts."""
     main = torch.cuda.current_stream()
-    sides = _side_streams(len(jobs)) if len(jobs) > 1 else [main]
+    sides = [_side_stream(i, job) for i, job in enumerate(jobs)] if len(jobs) > 1 else [main]
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)]
     torch.cuda._sleep(HEAD_START_PER_SAMPLE * samples)
     for sample, (start, end) in enumerate(marks):
@@ -88,6 +92,22 @@ def _events(jobs: Sequence[Job], samples: int) -> list[float]:
         end.record(main)
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e3 for start, end in marks]
+
+
+def kernel_floor_us() -> float:
+    """Two events around a kernel that does nothing to speak of: what no kernel's row can be below."""
+    word = torch.zeros(1, device="cuda")
+    times = []
+    for _ in range(3):
+        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(50)]
+        torch.cuda._sleep(HEAD_START_PER_SAMPLE * len(marks))
+        for start, end in marks:
+            start.record()
+            word.zero_()
+            end.record()
+        torch.cuda.synchronize()
+        times = [start.elapsed_time(end) * 1e3 for start, end in marks]
+    return _summary(times).p50
 
 
 class DecodeLoad:

@@ -27,10 +27,13 @@ from bench.kv_shapes import (
     LATENCY_SHAPE,
     MIB,
     MODEL_SHAPES,
+    PIECES,
     SWEEP_KIB,
     Case,
     Shape,
     batches_of,
+    pieces,
+    qwen3_8b,
     sweep,
 )
 from bench.machine import new_report, write_report
@@ -38,7 +41,7 @@ from bench.machine import new_report, write_report
 SCHEMA = "specgen.kv_transfer/1"
 HEADLINE_BATCHES = (256 * MIB, GIB)
 SM_CURVE = (4, 8, 16, 32, 132)
-SM_CURVE_CHUNKS = (1 << 10, 2 << 10, 8 << 10, 32 << 10, 128 << 10)
+SM_CURVE_CHUNKS = (1 << 10, 2 << 10, 32 << 10)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,12 +72,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
     sizes = (2, 32) if args.quick else SWEEP_KIB
-    listed = [LATENCY_SHAPE, *(sweep(kib) for kib in sizes)]
-    listed += (
-        [sweep(2, "layer_first")] if args.quick else [sweep(kib, "layer_first") for kib in (1, 2, 32)] + MODEL_SHAPES
-    )
-    first = ("single", "sweep")
-    listed.sort(key=lambda shape: not shape.name.startswith(first))
+    listed = [LATENCY_SHAPE]
+    if args.quick:
+        listed += [*(sweep(kib) for kib in sizes), sweep(2, "layer_first"), qwen3_8b(1)]
+    else:
+        listed += [*(sweep(kib) for kib in sizes[:2]), *MODEL_SHAPES, *(pieces(size) for size in PIECES)]
+        listed += [*(sweep(kib) for kib in sizes[2:]), *(sweep(kib, "layer_first") for kib in (1, 2, 32))]
     return [shape for shape in listed if not args.only or any(word in shape.name for word in args.only)]
 
 
@@ -83,6 +86,8 @@ def cases(shape: Shape, quick: bool) -> list[Case]:
     if shape is LATENCY_SHAPE:
         return [Case(shape, LATENCY_PAGES * shape.page_bytes, sms) for sms in (8, 16, 32)]
     listed = [Case(shape, batch, 16) for batch in batches_of(shape, quick)]
+    if shape.name == "pieces":
+        listed += [Case(shape, GIB, sms) for sms in (32, 132)]
     if shape.name == "sweep" and shape.chunk_bytes in SM_CURVE_CHUNKS and not quick:
         listed += [Case(shape, batch, sms) for batch in HEADLINE_BATCHES for sms in SM_CURVE if sms != 16]
     return listed
@@ -102,22 +107,36 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def measure_all(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from bench.kv_rig import LenderProcess, Rig
+    from bench.kv_rig import SPARE_BOTH_WAYS, LenderProcess, Rig
     from bench.kv_rows import RowMaker
+    from bench.kv_timing import kernel_floor_us
 
     device = "cuda:0" if args.backend == "cuda" else "cpu"
     largest = 16 * MIB if args.quick else GIB
-    chunks = int(largest * 1.4) // (args.chunk_mib * MIB) + 4
+    # A page is at most a sixth of a chunk: what chunks lose at their ends is within the fifth added here.
+    chunks = int(largest * SPARE_BOTH_WAYS * 1.2) // (args.chunk_mib * MIB) + 4
     start = time.monotonic()
     with LenderProcess(args.backend, 1, args.chunk_mib, chunks) as lender:
         maker = RowMaker(args, device)
+        if args.backend == "cuda":
+            report["kernel_floor_us"] = kernel_floor_us()
         for shape in shapes(args):
             if time.monotonic() - start > args.budget_s:
-                report.setdefault("not_run", []).append(shape.name)
+                report.setdefault("not_run", []).append(f"{shape.name}/{shape.chunk_bytes}")
                 continue
             listed = cases(shape, args.quick)
             batch = max(case.batch_bytes for case in listed)
-            rig = Rig(device, lender, args.chunk_mib, shape, min(batch, largest), args.seed, args.segment_bytes)
+            segment_bytes = shape.segment_bytes or args.segment_bytes
+            rig = Rig(
+                device,
+                lender,
+                args.chunk_mib,
+                shape,
+                min(batch, largest),
+                args.seed,
+                segment_bytes,
+                SPARE_BOTH_WAYS,
+            )
             try:
                 yield from maker.rows(rig, listed)
             finally:

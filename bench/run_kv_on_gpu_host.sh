@@ -4,14 +4,16 @@
 # Needs python3 with torch, nvcc, and the folder that `python -m bench.pack_gpu_host` made (CARRY, default build/carry).
 # Each step has its own log and time limit; one that fails does not stop the rest. STEPS picks some of them; BENCH_S bounds
 # the benchmark, TOTAL_S everything. Rehearsal without a GPU: BACKEND=loopback STEPS="bench failures".
+# Leaves in OUT: kv_transfer.json, kv_failures.json, headline.txt, and logs.tar.gz with everything else.
 set -u
 OUT=${OUT:-kv_results}
 CARRY=${CARRY:-build/carry}
 BACKEND=${BACKEND:-cuda}
-BENCH_S=${BENCH_S:-200}
-TOTAL_S=${TOTAL_S:-560}
-STEPS=${STEPS:-build tests bench failures ncu memcheck racecheck}
+BENCH_S=${BENCH_S:-230}
+TOTAL_S=${TOTAL_S:-470}
+STEPS=${STEPS:-build tests bench failures racecheck memcheck ncu}
 PYTHON=${PYTHON:-python3}
+logs=$(mktemp -d)
 mkdir -p "$OUT"
 export PYTHONPATH=".:$CARRY/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 [ -f "$CARRY/COMMIT" ] && export SPECGEN_COMMIT=${SPECGEN_COMMIT:-$(cat "$CARRY/COMMIT")}
@@ -19,7 +21,7 @@ sgl=()
 [ -f "$CARRY/sgl_kernel.so" ] && sgl=(--sgl-kernel "$CARRY/sgl_kernel.so")
 quick=()
 [ "$BACKEND" = loopback ] && quick=(--quick)
-summary=$OUT/steps.txt
+summary=$logs/steps.txt
 : >"$summary"
 
 step() {
@@ -31,25 +33,26 @@ step() {
         echo "$name not run: $TOTAL_S s are over" | tee -a "$summary"
         return
     fi
-    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    timeout -k 10 "$limit" "$@" >"$logs/$name.log" 2>&1
     status=$?
     printf '%-10s status %3d %4d s of %d\n' "$name" "$status" $((SECONDS - start)) "$limit" | tee -a "$summary"
-    [ "$status" -eq 0 ] || tail -n 15 "$OUT/$name.log"
+    [ "$status" -eq 0 ] || tail -n 15 "$logs/$name.log"
 }
 
-nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1
-nvidia-smi topo -m >>"$OUT/nvidia-smi.txt" 2>&1
-step build 120 "$PYTHON" -m bench.gpu_build --include "$CARRY/include" --jobs 16
-if ! ls specgen_engine/_kv.cpython-312*.so >/dev/null 2>&1 && ls "$CARRY"/prebuilt/_kv*.so >/dev/null 2>&1; then
+nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
+nvidia-smi topo -m >>"$logs/nvidia-smi.txt" 2>&1
+step build 60 "$PYTHON" -m bench.gpu_build --include "$CARRY/include" --jobs 16
+if [ "$BACKEND" = cuda ] && ! ls specgen_engine/_kv.cpython-312*.so >/dev/null 2>&1 && ls "$CARRY"/prebuilt/_kv*.so >/dev/null 2>&1; then
     cp "$CARRY"/prebuilt/_kv*.so specgen_engine/ && echo "not built here: using the carried extension" | tee -a "$summary"
 fi
-step tests 90 "$PYTHON" -m pytest tests/kv/test_gpu_copy.py -q -x -p no:cacheprovider
-step bench $((BENCH_S + 40)) "$PYTHON" -m bench.kv_transfer --backend "$BACKEND" --json "$OUT/kv_transfer.json" --tune \
+step tests 75 "$PYTHON" -m pytest tests/kv/test_gpu_copy.py -q -p no:cacheprovider --maxfail 5 --timeout 60
+step bench $((BENCH_S + 30)) "$PYTHON" -m bench.kv_transfer --backend "$BACKEND" --json "$OUT/kv_transfer.json" --tune \
     --budget-s "$BENCH_S" "${sgl[@]}" "${quick[@]}"
 step failures 40 "$PYTHON" -m bench.kv_failures --backend "$BACKEND" --json "$OUT/kv_failures.json"
-step ncu 45 ncu --clock-control none -k regex:copy_pages -c 4 --set full "$PYTHON" -m bench.kv_sanitize --mib 256
-step memcheck 70 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
-step racecheck 70 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
+step racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
+step memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
+step ncu 40 ncu --clock-control none -k regex:copy_pages -c 2 --set full "$PYTHON" -m bench.kv_sanitize --mib 256
 echo "--- steps"
 cat "$summary"
 [ -f "$OUT/kv_transfer.json" ] && "$PYTHON" -m bench.kv_headline "$OUT/kv_transfer.json" | tee "$OUT/headline.txt"
+tar -C "$logs" -czf "$OUT/logs.tar.gz" . && rm -r "$logs"
