@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kv_failures, kv_headline, kv_plot, kv_sanitize, kv_transfer
+from bench import kv_failures, kv_headline, kv_links, kv_plot, kv_sanitize, kv_transfer
 from bench.kv_shapes import MODEL_SHAPES, mla, qwen3_8b
 from bench.machine import new_report, write_report
 from specgen_engine.kv.native import _kv
@@ -86,8 +86,9 @@ def test_without_gpus_each_command_says_so_and_exits_2(tmp_path: Path, capsys: p
     assert kv_transfer.main(["--json", str(target)]) == 2
     assert kv_failures.main(["--json", str(target)]) == 2
     assert kv_sanitize.main([]) == 2
+    assert kv_links.main(["--json", str(target)]) == 2
     said = capsys.readouterr().err
-    assert said.count("error: ") == 3
+    assert said.count("error: ") == 4
     assert not target.exists()
 
 
