@@ -14,8 +14,9 @@ import pytest
 from specgen_engine import plugin
 from specgen_engine.arguments import REFUSED_MODES, check_schedulers
 from specgen_engine.errors import HookError
+from specgen_engine.serving.command import prepare
 
-NONE_ACTIVE = """
+START = """
 import json
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -30,11 +31,27 @@ def hooks(process: str) -> set[str]:
     return {hook.target for hook in plugin.HOOKS if hook.process == process}
 
 
+def start_with(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A process that reads its arguments as launch_server does, and prints the targets that are hooked then."""
+    launch = prepare(["--tiny"])
+    words = [word for word in launch.arguments if word != "--enable-specgen"] + arguments
+    code = START.format(arguments=words)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=launch.environment
+    )
+
+
 def active_after(arguments: list[str]) -> set[str]:
-    code = NONE_ACTIVE.format(arguments=arguments)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = start_with(arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def refusal(arguments: list[str]) -> str:
+    done = start_with(arguments)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("specgen: ")]
+    return line
 
 
 def test_every_hook_fits_this_sglang() -> None:
@@ -93,10 +110,14 @@ def test_a_stray_variable_does_not_activate_a_process(monkeypatch: pytest.Monkey
     assert not plugin._inside_active_server()
 
 
-def test_without_the_flag_only_the_argument_hooks_are_active() -> None:
-    assert (
-        active_after(["--model-path", "/nonexistent-but-unread", "--device", "cpu", "--load-format", "dummy"]) >= set()
-    )
+def test_without_the_flag_only_the_argument_hooks_are_active_and_with_it_all() -> None:
+    assert active_after([]) == hooks("arguments")
+    assert active_after(["--enable-specgen"]) == {hook.target for hook in plugin.HOOKS}
+
+
+def test_settings_without_the_flag_and_refused_modes_stop_start_up() -> None:
+    assert "--specgen-trigger needs --enable-specgen" in refusal(["--specgen-trigger", "fence"])
+    assert "--disable-radix-cache" in refusal(["--enable-specgen", "--disable-radix-cache"])
 
 
 def test_refused_modes_each_say_what_to_do() -> None:
