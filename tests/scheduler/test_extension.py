@@ -1,0 +1,208 @@
+"""The scheduler extension against a mock scheduler: what it publishes, where it inserts, whom it moves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from specgen_engine.config import SpecGenConfig
+from specgen_engine.protocol import EndSearch, ForkPoint, TriggerFired, WatchSearch, fork_rid
+from specgen_engine.scheduler.extension import SchedulerExtension
+from specgen_engine.scheduler.hooks import retraction_order
+
+PROMPT = [1, 2, 3, 4]
+
+
+class Tree:
+    """cache_unfinished_req as SGLang does it: the pages of the fill range are in the tree afterwards."""
+
+    def __init__(self, page_size: int = 1) -> None:
+        self.page_size = page_size
+
+    def cache_unfinished_req(self, req: Req) -> None:
+        req.cache_protected_len = req.extend_range.end // self.page_size * self.page_size
+
+    def evictable_size(self) -> int:
+        return 0
+
+
+class Req:
+    def __init__(self, rid: str, text: str = "", prompt: list[int] = PROMPT, max_new: int = 100) -> None:
+        self.rid, self.origin_input_ids, self.output_ids = rid, prompt, [ord(c) for c in text]
+        self.kv_committed_len = len(prompt) + len(text)
+        self.cache_protected_len = len(prompt)
+        self.req_pool_idx: int | None = 0
+        self.extend_range: Any = SimpleNamespace(start=0, end=len(prompt))
+        self.is_retracted, self.retraction_count, self.done = False, 0, False
+        self.sampling_params = SimpleNamespace(max_new_tokens=max_new)
+        self.time_stats = SimpleNamespace(wait_queue_entry_time=float(len(rid)))
+
+    def finished(self) -> bool:
+        return self.done
+
+    def _refresh_fill_ids(self) -> None: ...
+
+    def set_extend_range(self, start: int, end: int) -> None:
+        self.extend_range = SimpleNamespace(start=start, end=end)
+
+
+class Batch:
+    def __init__(self, *reqs: Req) -> None:
+        self.reqs, self.batch_is_full = list(reqs), True
+
+    def release_req(self, index: int, remaining: int, server_args: Any) -> None:
+        req = self.reqs[index]
+        req.req_pool_idx, req.is_retracted = None, True
+        req.retraction_count += 1
+
+    def filter_batch(self, keep_indices: list[int]) -> None:
+        self.reqs = [self.reqs[i] for i in keep_indices]
+
+
+class Scheduler:
+    def __init__(self, *running: Req, page_size: int = 1) -> None:
+        self.running_batch, self.last_batch, self.chunked_req = Batch(*running), None, None
+        self.waiting_queue: list[Req] = []
+        self.tree_cache, self.page_size, self.server_args = Tree(page_size), page_size, None
+        self.max_running_requests, self.max_total_num_tokens = 16, 10_000
+        self.new_token_ratio_tracker = SimpleNamespace(current=0.5)
+        self.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: 10_000)
+        self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: chr(ids[0]))
+        self.sent: list[TriggerFired] = []
+        sender = SimpleNamespace(send_output=self.sent.append)
+        self.ipc_channels = SimpleNamespace(send_to_tokenizer=sender)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        self.waiting_queue.append(req)
+
+
+def extension_of(
+    mock: Scheduler, trigger: str = "every:3", opened: bool = True, base_share: float = 1.0
+) -> SchedulerExtension:
+    extension = SchedulerExtension(mock, SpecGenConfig.model_validate({"scheduler": {"base_share": base_share}}))
+    extension.watch(WatchSearch(rid="base", trigger=trigger, open_mark="<think>", close_mark="</think>", opened=opened))
+    return extension
+
+
+def test_a_trigger_fires_at_the_token_that_completes_it_and_inserts_the_committed_prefix() -> None:
+    base = Req("base", "abcd")
+    base.kv_committed_len -= 1
+    scheduler = Scheduler(base)
+    extension_of(scheduler).observe([base])
+    (fired,) = scheduler.sent
+    assert (fired.trigger, fired.length, fired.reasoning_tokens) == ("every:3", len(PROMPT) + 3, 3)
+    assert fired.inserted == len(PROMPT) + 3
+    assert base.extend_range.end == len(PROMPT), "the request's own fill range must be put back"
+
+
+def test_pages_round_down_and_nothing_is_inserted_twice() -> None:
+    base = Req("base", "abcdefgh", prompt=list(range(16)))
+    scheduler = Scheduler(base, page_size=16)
+    extension = extension_of(scheduler, "every:4")
+    extension.observe([base])
+    assert [fired.inserted for fired in scheduler.sent] == [16, 16]
+    extension.observe([base])
+    assert len(scheduler.sent) == 2
+
+
+def test_only_reasoning_tokens_count() -> None:
+    base = Req("base", "<think>abc</think>defghi")
+    scheduler = Scheduler(base)
+    extension_of(scheduler, "every:3", opened=False).observe([base])
+    assert scheduler.sent[0].length == len(PROMPT) + len("<think>abc")
+    assert all(fired.length <= len(PROMPT) + len("<think>abc</think>") for fired in scheduler.sent)
+
+
+def test_a_retracted_or_ended_search_fires_nothing() -> None:
+    base = Req("base", "abcdef")
+    base.is_retracted = True
+    scheduler = Scheduler(base)
+    extension = extension_of(scheduler)
+    extension.observe([base])
+    base.is_retracted = False
+    extension.end(EndSearch(rid="base", scripts="x"))
+    extension.observe([base])
+    assert scheduler.sent == []
+
+
+@pytest.mark.parametrize(
+    ("place", "state", "inserted"),
+    [("running", "running", 6), ("finished", "finished", 0), ("waiting", "waiting", 0), ("nowhere", "unknown", 0)],
+)
+def test_a_fork_point_answers_for_every_state_of_its_base(place: str, state: str, inserted: int) -> None:
+    base = Req("base", "abcdef")
+    scheduler = Scheduler()
+    if place in ("running", "finished"):
+        scheduler.running_batch.reqs.append(base)
+        base.done = place == "finished"
+    extension = extension_of(scheduler)
+    if place == "waiting":
+        scheduler.waiting_queue.append(base)
+    if place == "nowhere":
+        extension.end(EndSearch(rid="base", scripts="x"))
+    done = extension.point(ForkPoint(rid="base", length=6))
+    assert (done.state, done.inserted, done.asked) == (state, inserted, 6)
+
+
+def test_a_fork_point_of_a_base_without_kv_is_made_once_it_has_it() -> None:
+    base = Req("base", "abcdef")
+    scheduler = Scheduler()
+    scheduler.waiting_queue.append(base)
+    extension = extension_of(scheduler, "none")
+    extension.point(ForkPoint(rid="base", length=8))
+    extension.observe([base])
+    assert base.cache_protected_len == 8
+    assert extension.watched["base"].wanted == []
+
+
+def test_forks_wait_behind_ordinary_requests_and_give_way_to_them() -> None:
+    fork, other = Req(fork_rid("base", 1)), Req("other")
+    scheduler = Scheduler(Req("base", "abc"))
+    extension = extension_of(scheduler)
+    scheduler.waiting_queue = [fork, other]
+    queue, held, _ = extension.split_waiting(scheduler.running_batch.reqs)
+    assert (queue, held) == ([other], [fork])
+    scheduler.waiting_queue = [fork]
+    queue, held, _ = extension.split_waiting(scheduler.running_batch.reqs)
+    assert (queue, held) == ([fork], [])
+
+    scheduler.running_batch.reqs.append(fork)
+    scheduler.waiting_queue = [other]
+    _, _, load = extension.split_waiting(scheduler.running_batch.reqs)
+    extension.make_room(scheduler.running_batch, load, ordinary_admitted=True)
+    assert fork in scheduler.running_batch.reqs
+    extension.make_room(scheduler.running_batch, load, ordinary_admitted=False)
+    assert [req.rid for req in scheduler.running_batch.reqs] == ["base"]
+    assert scheduler.waiting_queue == [other, fork]
+    assert not scheduler.running_batch.batch_is_full
+
+
+def test_a_base_steps_aside_for_its_forks_and_returns() -> None:
+    base, fork, other = Req("base", "abc"), Req(fork_rid("base", 1)), Req("other", "abc")
+    scheduler = Scheduler(base, fork, other)
+    extension = extension_of(scheduler, "none", base_share=0.25)
+    present = []
+    for _ in range(64):
+        extension.step_aside(scheduler.running_batch)
+        queue, _, _ = extension.split_waiting(scheduler.running_batch.reqs)
+        if base in queue:
+            scheduler.waiting_queue.remove(base)
+            base.req_pool_idx, base.is_retracted = 0, False
+            scheduler.running_batch.reqs.append(base)
+        present.append(base in scheduler.running_batch.reqs)
+    assert sum(present) == 16
+    assert base.cache_protected_len == base.kv_committed_len, "its KV waits in the tree"
+    assert base.retraction_count == 0
+    fork.done = True
+    extension.step_aside(scheduler.running_batch)
+    queue, _, _ = extension.split_waiting(scheduler.running_batch.reqs)
+    assert base in queue or base in scheduler.running_batch.reqs
+    assert other in scheduler.running_batch.reqs
+
+
+def test_retraction_order_is_sglangs_own_without_forks() -> None:
+    reqs = [Req("a"), Req("b")]
+    assert retraction_order([1, 0], reqs, None) is None
+    assert retraction_order([1, 0], [Req("a"), Req(fork_rid("s", 1))], None) == [0, 1]
