@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from specgen_engine.kv.base import StalePages
+from specgen_engine.kv.base import PageRefs, StalePages
 from specgen_engine.kv.native import _kv
 
 pytestmark = pytest.mark.gpu(count=1)
@@ -72,11 +72,13 @@ def test_every_byte_and_tag_both_ways(rig: Any, name: str) -> None:
 def test_import_reports_exactly_the_stale_pages(rig: Any) -> None:
     import torch
 
+    from bench.kv_rig import Tables
+
     rig.arena.export(range(rig.pages), rig.refs).result()
     tables = rig.tables(min(rig.pages, 40))
     wrong = torch.zeros(len(tables), dtype=torch.bool, device="cuda:0")
     wrong[::3] = True
-    changed = tables._replace(generations=tables.generations + wrong)
+    changed = Tables(tables.device_pages, tables.arena_pages, tables.generations + wrong, tables.flags)
     config = rig.copier.select(_kv.Direction.IMPORT, len(tables))
     rig.copier.launch(_kv.Direction.IMPORT, changed.addresses(), config, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
@@ -168,7 +170,8 @@ def test_an_arena_page_of_another_generation_raises(rig: Any) -> None:
         rig.arena.import_([0, 1], again).result()  # given out anew, nothing exported to it yet
     with pytest.raises(StalePages):
         rig.arena.import_([0, 1], first)
-    rig.refs = rig.refs._replace(pages=np.concatenate([rig.refs.pages[2:], again.pages]))
+    kept = rig.refs.take(slice(2, None))
+    rig.refs = PageRefs(*(np.concatenate(columns) for columns in zip(kept, again, strict=True)))
 
 
 @pytest.mark.gpu(count=2)

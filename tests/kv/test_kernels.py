@@ -97,6 +97,29 @@ def test_chosen_shapes_are_ones_the_kernels_take(slot: int, total: int, directio
     assert (config.method == "vector") == (slot < 512)
 
 
+@pytest.mark.parametrize(
+    ("direction", "sms", "mib", "tiles"),
+    [
+        ("EXPORT", 16, 256, 8),
+        ("EXPORT", 16, 1024, 16),
+        ("EXPORT", 16, 16, 1),  # too few bytes a warp for two tiles
+        ("EXPORT", 12, 1024, 16),
+        ("EXPORT", 8, 1024, 1),
+        ("EXPORT", 132, 1024, 3),
+        ("IMPORT", 4, 1024, 1),
+        ("IMPORT", 16, 256, 1),
+        ("IMPORT", 16, 1024, 1),
+        ("IMPORT", 132, 1024, 1),
+    ],
+)
+@pytest.mark.parametrize("slot", [1024, 2048])
+def test_only_a_push_by_sms_that_fill_the_link_takes_tiles_in_turn(
+    slot: int, direction: str, sms: int, mib: int, tiles: int
+) -> None:
+    config = _kv.select_copy_config(slot, mib << 20, getattr(_kv.Direction, direction), sms)
+    assert config.tiles_per_warp == tiles
+
+
 @given(
     pages=st.integers(1, 3000),
     per_page=st.integers(1, 200),
