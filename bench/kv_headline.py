@@ -72,7 +72,7 @@ def print_small(rows: list[dict[str, Any]]) -> None:
 
 def print_decode(rows: list[dict[str, Any]]) -> None:
     """Slowdown of a decode step against GB/s, slowest first."""
-    beside = [row for row in rows if row["decode_slowdown"] is not None]
+    beside = [row for row in rows if row.get("decode_slowdown") is not None]
     for row in sorted(beside, key=lambda r: (r["direction"], r["gbps"])):
         pace = f" paced to {row['max_gbps']:.0f}" if row.get("max_gbps") else ""
         print(

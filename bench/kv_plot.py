@@ -12,6 +12,7 @@ MIB = 1 << 20
 METHODS = (
     "copy-engine",
     "ours-auto",
+    "ours-static",
     "ours-tuned",
     "ours-vector",
     "copy-batch",
