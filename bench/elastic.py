@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench.elastic_sim import Result, simulate
 from bench.elastic_workload import SCENARIOS, ServiceError, ServiceFit, fit_scores, workload
-from specgen_engine.observability.machine import report_header
+from bench.machine import new_report
 from specgen_engine.pools.policy import PolicyConfig
 
 SCHEMA = "specgen.elastic/1"
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary.append(summarise(case, own))
     print_table(summary)
     if options.json:
-        head = report_header(SCHEMA, options.seed)
+        head = new_report(SCHEMA, options.seed)
         head |= {"quick": options.quick, "policy_config": asdict(config), "service": asdict(fit), "goals": GOALS}
         write_json(options.json, head | {"summary": summary, "scenarios": rows})
     if options.plot:

@@ -126,9 +126,12 @@ def leaves(
 
 
 def flag_of(path: tuple[str, ...]) -> str:
-    """tasks.source is spelt --specgen-tasks, the rest by its path."""
-    names = path[:-1] if path == ("tasks", "source") else path
-    return "--specgen-" + "-".join(names).replace("_", "-")
+    """By the path, but for two that operators type most."""
+    short: dict[tuple[str, ...], str] = {
+        ("tasks", "source"): "--specgen-tasks",
+        ("evaluation", "sandbox"): "--specgen-sandbox",
+    }
+    return short.get(path) or "--specgen-" + "-".join(path).replace("_", "-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

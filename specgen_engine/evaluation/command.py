@@ -15,12 +15,13 @@ from rich.table import Table
 
 from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.errors import SpecGenError
-from specgen_engine.observability.machine import machine, report_header
+from specgen_engine.observability.machine import describe_machine, new_report
 from specgen_engine.pools.local import LocalPool
 
 from .base import Candidate, Task, Verdict
 from .limits import EvaluationLimits
 
+MAX_WORKERS = 8
 TABLE_COLUMNS = 160
 """Width of the table where stderr is a file or a pipe."""
 
@@ -36,12 +37,14 @@ def evaluate(
     device: str = "cpu",
     profile: bool = False,
     json: Path | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     limits: EvaluationLimits | None = None,
 ) -> None:
     """Evaluate every candidate and print a table on stderr; JSON (specgen.verdicts/1) to a file when asked.
 
     A candidate is a Python file, or a recorded answer (.md) whose fenced module is taken.
+    workers: default 1 on a CPU; on a GPU one for two cores, at most MAX_WORKERS: they compile side by side and take
+    turns on the GPU.
     Raises BadInput (a task or file that can't be used, no such device) before anything of it is run or written.
     """
     limits = limits or EvaluationLimits()
@@ -55,11 +58,12 @@ def evaluate(
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=TABLE_COLUMNS)
+    workers = workers or _workers(device, len(named))
     verdicts, sandbox = asyncio.run(_run(reference, named, device, workers, limits, console))
     console.print(_table(reference, named, verdicts, device, sandbox))
     if json is not None:
         rows = [_row(path, verdict) for (path, _), verdict in zip(named, verdicts, strict=True)]
-        head = report_header("specgen.verdicts/1", None)  # seeds come from the operating system
+        head = new_report("specgen.verdicts/1", None)  # seeds come from the operating system
         _write(json, head | {"task": reference.name, "device": device, "sandbox": sandbox, "verdicts": rows})
 
 
@@ -94,11 +98,17 @@ async def _run(
         await pool.close()
 
 
+def _workers(device: str, candidates: int) -> int:
+    if device == "cpu":
+        return 1
+    return max(1, min(MAX_WORKERS, candidates, len(os.sched_getaffinity(0)) // 2))
+
+
 def _require_device(device: str) -> None:
     if device == "cpu":
         return
     name, _, number = device.partition(":")
-    gpus = machine()["gpus"]
+    gpus = describe_machine()["gpu_names"]
     if name != "cuda" or not (number or "0").isdigit():
         raise BadInput(f"--device {device}: use cpu or cuda:N")
     if int(number or 0) >= len(gpus):
@@ -159,6 +169,7 @@ def _row(path: Path, verdict: Verdict) -> dict[str, Any]:
         "reason": verdict.reason,
         "digest": verdict.digest,
         "sandbox": verdict.sandbox,
+        "own_s": verdict.own_s,
         "stages": {str(stage): seconds for stage, seconds in verdict.stages.items()},
         "profile": None,
     }

@@ -19,7 +19,7 @@ from specgen_engine.controller.termination import parse_termination
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.errors import SpecGenError
 from specgen_engine.evaluation.base import Candidate
-from specgen_engine.observability.machine import report_header
+from specgen_engine.observability.machine import new_report, write_report
 from specgen_engine.replay.trace import Iteration, Trace, load_traces
 from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import Server, running_server
@@ -67,13 +67,10 @@ def replay(options: ReplayOptions) -> None:
         replay_server(traces, options, Path(scratch)) as server,
     ):
         report = play(traces, options, server)
-    text = json.dumps(report, indent=1)
     if options.json is None:
-        print(text)
-        return
-    part = options.json.with_name(options.json.name + ".part")
-    part.write_text(text)
-    part.replace(options.json)
+        print(json.dumps(report, indent=1))
+    else:
+        write_report(options.json, report)
 
 
 def replay_server(traces: list[Trace], options: ReplayOptions, scratch: Path) -> AbstractContextManager[Server]:
@@ -97,7 +94,7 @@ def play(traces: list[Trace], options: ReplayOptions, server: Server) -> dict[st
         for iteration in trace.iterations[: options.iterations]:
             rows.append(play_iteration(trace, iteration, options, server))
             console.print(one_line(rows[-1]), highlight=False)
-    header = report_header("specgen.report/1", seed=0)
+    header = new_report("specgen.report/1", seed=None)
     return {
         **header,
         "mode": options.mode,
