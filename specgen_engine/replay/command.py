@@ -140,7 +140,10 @@ def row_of(search: dict[str, Any], iteration: Iteration, answer: str, usage: dic
         "best", "final", "forks", "candidates", "prompt_tokens", "fork_tokens", "answer_tokens", "forks_skipped",
         "reasoning_s", "evaluation_s", "termination", "trigger",
     )  # fmt: skip
-    return {"trace": search["trace"], **{name: search[name] for name in kept}, "answer": answer, "usage": usage}
+    measured = (iteration.measured or {}).get("final")
+    recorded_final = {"status": str(measured.status), "speedup": measured.speedup} if measured else None
+    row = {"trace": search["trace"], **{name: search[name] for name in kept}}
+    return {**row, "recorded_final": recorded_final, "answer": answer, "usage": usage}
 
 
 def recorded_sources(iteration: Iteration) -> list[tuple[str, str]]:
