@@ -72,7 +72,7 @@ class SchedulerConfig(Section):
 class EvaluationConfig(Section):
     workers: int = Field(default=1, ge=1, description="candidates evaluated at once")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N")
-    compile_s: float = Field(default=60, gt=0, description="seconds a candidate may take to compile")
+    compile_s: float = Field(default=180, gt=0, description="seconds a candidate may take to compile")
     check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")
     time_s: float = Field(default=30, gt=0, description="seconds the timing may take")
     memory_gb: float = Field(default=8, gt=0, description="memory a candidate's process may take, in GiB")
