@@ -70,7 +70,8 @@ class Verdict:
     speedup: reference time / candidate time, both medians of the same run; only with CORRECT.
     interval: (low, high) 95 % confidence interval of speedup.
     reason: one line for people; digest: the lines of an error that a language model can use.
-    stages: seconds by Stage value.
+    stages: seconds by Stage value; waiting for the GPU counts as queued.
+    own_s: the share of those seconds that was the candidate's own: import with compiling, construction, calls.
     """
 
     candidate: str
@@ -84,6 +85,7 @@ class Verdict:
     device: str = "cpu"
     sandbox: str = "process"
     stages: dict[str, float] = field(default_factory=dict)
+    own_s: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.status is Status.CORRECT) != (self.speedup is not None):

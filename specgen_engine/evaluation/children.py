@@ -41,6 +41,12 @@ class Child:
     ended: bool = False
     exit_code: int | None = None
     scratch: Path = Path()
+    fds: list[int] = field(default_factory=list)
+
+    def close_fds(self) -> None:
+        """Close the descriptors that came with its messages."""
+        while self.fds:
+            os.close(self.fds.pop())
 
     def how_it_ended(self) -> str:
         if self.exit_code is None:

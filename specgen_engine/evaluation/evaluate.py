@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,7 @@ from .base import Candidate, Stage, Status, Task
 from .buildcache import BuildFolder
 from .children import Child
 from .clock import supervisor_clock
+from .gpulock import gpu_turn
 from .tensors import create_region
 from .timing import Speedup, skips_repeats, speedup
 from .worker import Ended, Worker
@@ -30,7 +31,9 @@ MIN_BLOCKS = 3
 IDLE_FACTOR, IDLE_SLACK_NS = 3, 10_000_000
 """Wall time beyond the reference's own share of waiting, at which CPU time is no measure of a candidate's work."""
 UNSEEN_FACTOR, UNSEEN_SLACK_NS = 0.5, 6_000_000
-"""The slack is a scheduler tick: another process's CPU clock is brought up to date when it blocks, else every 4 ms."""
+CALL_SLACK_NS = 40_000
+"""The slack is a scheduler tick: another process's CPU clock is brought up to date when it blocks, else every 4 ms.
+A call's slack, on a GPU: a launch from Python takes that long on the host, hidden behind the flush of the L2."""
 
 
 class Evaluation:
@@ -47,52 +50,87 @@ class Evaluation:
         self.reference: list[int] = []
         self.unseen: list[tuple[int, int]] = []
         self.idle: list[bool] = []
+        self.waited_s = self.own_s = 0.0
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
         self.worker.link.send({"job": self.job, "stage": stage})
+        start, waited = time.monotonic(), self.waited_s
+        try:
+            yield
+        finally:
+            self.stages[stage] = round(time.monotonic() - start - (self.waited_s - waited), 4)
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """The candidate's own time: what is spent in here is no overhead of the harness."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self.stages[stage] = round(time.monotonic() - start, 4)
+            self.own_s += time.monotonic() - start
 
     def run(self) -> Speedup:
-        regions = (create_region("inputs"), create_region("outputs"))
-        try:
-            with BuildFolder(self.worker.cache, self.candidate.hash) as build:
-                with self.stage(Stage.COMPILE):
-                    self._compile(regions, build)
-                    build.keep()
-                with self.stage(Stage.CHECK):
-                    self._check()
-                with self.stage(Stage.TIME):
-                    result = self._time()
-                    self._check_hidden()
-                return result
-        finally:
-            self.worker.end(self.worker.candidate)
-            for fd in regions:
-                os.close(fd)
+        worker = self.worker
+        with ExitStack() as held:
+            regions: tuple[int, ...] = ()
+            if not worker.on_gpu:
+                regions = (create_region("inputs"), create_region("outputs"))
+                for fd in regions:
+                    held.callback(os.close, fd)
+            build = held.enter_context(BuildFolder(worker.cache, self.candidate.hash))
+            held.callback(lambda: worker.end(worker.candidate))
+            with self.stage(Stage.COMPILE):
+                self._compile(regions, build, held)
+                build.keep()
+            with self.stage(Stage.CHECK):
+                self._check()
+            with self.stage(Stage.TIME):
+                result = self._time()
+                self._check_hidden()
+            return result
 
     # -- compile ---------------------------------------------------------------------------------------------------
 
-    def _compile(self, regions: tuple[int, int], build: BuildFolder) -> None:
+    def _compile(self, regions: tuple[int, ...], build: BuildFolder, held: ExitStack) -> None:
+        """On the host the judge prepares inputs meanwhile; on a GPU it waits until the GPU is this evaluation's."""
         worker = self.worker
         worker.stage = "import"
         self.child = worker.start_candidate(self.candidate, regions, build.path)
         self.judge = worker.judge_for(self.task)
-        worker.ask(self.judge, {"op": "begin"}, regions)
-        self.owed = self.limits.check_seeds + TIMING_SLOTS + 1
-        for slot in range(self.owed):
-            worker.ask(self.judge, {"op": "prepare", "slot": slot, "seed": secrets.randbits(48)})
-        worker.reply(self.child, self.limits.compile_s, "importing the module")
+        if not worker.on_gpu:
+            self._begin(regions)
+        with self.own():
+            worker.reply(self.child, self.limits.compile_s, "importing the module")
+        if worker.on_gpu:
+            self._take_gpu(held)
+            self._begin(())
         worker.stage = "construct"
         begun = self._judge_reply("loading the reference")
         while begun.get("event") != "begun":
             begun = self._judge_reply("loading the reference")
-        worker.ask(self.child, {"op": "construct"} | {key: begun[key] for key in ("init", "weights", "seed")})
-        worker.reply(self.child, self.limits.compile_s, "constructing ModelNew")
+        shared = tuple(self.judge.fds)
+        with self.own():
+            said = {key: begun[key] for key in ("init", "weights", "seed", "sizes")}
+            worker.ask(self.child, {"op": "construct"} | said, shared)
+            self.judge.close_fds()
+            worker.reply(self.child, self.limits.compile_s, "constructing ModelNew")
+
+    def _begin(self, regions: tuple[int, ...]) -> None:
+        self.owed = self.limits.check_seeds + TIMING_SLOTS + 1
+        self.judge.close_fds()
+        self.worker.ask(self.judge, {"op": "begin", "sets": self.owed + ACQUITTALS}, regions)
+        for slot in range(self.owed):
+            self.worker.ask(self.judge, {"op": "prepare", "slot": slot, "seed": secrets.randbits(48)})
+
+    def _take_gpu(self, held: ExitStack) -> None:
+        """Wait for the GPU; when the evaluation ends, nothing of it is left there before the next one's turn."""
+        worker = self.worker
+        while self.judge.pending:  # its import and construction on the host need no GPU
+            self._judge_reply("loading the reference")
+        self.waited_s = held.enter_context(gpu_turn(worker.device, worker.wait))
+        held.callback(worker.release_judge)
+        held.callback(lambda: worker.end(worker.candidate))
 
     def _judge_reply(self, doing: str) -> dict[str, Any]:
         return self.worker.reply(self.judge, self.limits.task_s, doing)
@@ -114,8 +152,10 @@ class Evaluation:
         self._check_slot(self.limits.check_seeds + TIMING_SLOTS, " (on inputs kept back until after timing)")
 
     def _check_slot(self, slot: int, note: str = "") -> None:
-        self.worker.ask(self.child, {"op": "run", "inputs": self._layout(slot)})
-        ran = self.worker.reply(self.child, self.limits.check_s, "running on fresh inputs")
+        layout = self._layout(slot)
+        with self.own():
+            self.worker.ask(self.child, {"op": "run", "inputs": layout})
+            ran = self.worker.reply(self.child, self.limits.check_s, "running on fresh inputs")
         self._compare(slot, ran, note)
 
     def _compare(self, slot: int, ran: dict[str, Any], note: str = "") -> None:
@@ -180,6 +220,7 @@ class Evaluation:
             left = max(0.1, self.deadline - time.monotonic())
             answer = self.worker.reply(child, left, doing)
             walls.append(time.perf_counter_ns() - began)
+            self.own_s += walls[-1] / 1e9
             time.sleep(CLOCK_SETTLES_S)
             spent.append(now() - start)
             times.append(_times(child, answer, len(sequence), spent[-1]))
@@ -187,7 +228,7 @@ class Evaluation:
         around = (spent[0] - sum(times[0]), spent[1] - sum(times[1]))
         self.unseen.append((around[1] - around[0], sum(times[1])))
         self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])
-        self.wall_ns = walls[1]
+        self.wall_ns, self.calls = walls[1], len(sequence)
         return times[1]
 
     def _show(self, slot: int) -> None:
@@ -198,7 +239,8 @@ class Evaluation:
     def _reject_tricks(self) -> None:
         if skips_repeats(self.fresh, self.repeats) and self._slow_on_unseen_again():
             raise Ended(Status.REJECTED, "it is fast only on inputs that it has seen before")
-        if median(extra - UNSEEN_FACTOR * told for extra, told in self.unseen) > UNSEEN_SLACK_NS:
+        slack = UNSEEN_SLACK_NS + (CALL_SLACK_NS * self.calls if self.worker.on_gpu else 0)
+        if median(extra - UNSEEN_FACTOR * told for extra, told in self.unseen) > slack:
             raise Ended(Status.REJECTED, "it reports less time than the supervisor's clock saw")
         if all(self.idle):
             raise Ended(Status.REJECTED, "it waits, or lets other processes work, while its own CPU clock stands still")
@@ -248,24 +290,31 @@ def evaluate(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
         }
     except Ended as ended:
         verdict |= {"status": ended.status, "reason": ended.reason, "digest": ended.digest}
-    return {"job": evaluation.job, "verdict": verdict | {"stages": evaluation.stages}}
+    spent = {"stages": evaluation.stages, "own_s": round(evaluation.own_s, 4), "waited": evaluation.waited_s}
+    return {"job": evaluation.job, "verdict": verdict | spent}
 
 
 def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
     """The message with what is wrong with a task, None when nothing is. Raises only PoolGone."""
     try:
         judge = worker.judge_for(Task(**request["task"]))
-        regions = (create_region("inputs"), create_region("outputs"))
-        try:
-            if judge.pending:
-                worker.reply(judge, worker.limits.task_s, "loading the reference")
-            for op, fds in (("begin", regions), ("probe", ())):
-                worker.ask(judge, {"op": op}, fds)
-                answer = worker.reply(judge, worker.limits.task_s, op)
+        if judge.pending:
+            worker.reply(judge, worker.limits.task_s, "loading the reference")
+        with ExitStack() as held:
+            regions: tuple[int, ...] = ()
+            if worker.on_gpu:
+                held.enter_context(gpu_turn(worker.device, worker.wait))
+                held.callback(worker.release_judge)
+                held.callback(judge.close_fds)
+            else:
+                regions = (create_region("inputs"), create_region("outputs"))
+                for fd in regions:
+                    held.callback(os.close, fd)
+            worker.ask(judge, {"op": "begin", "sets": 1}, regions)
+            worker.reply(judge, worker.limits.task_s, "loading the reference")
+            worker.ask(judge, {"op": "probe"})
+            answer = worker.reply(judge, worker.limits.task_s, "running the reference")
             error = str(answer["error"]) or None
-        finally:
-            for fd in regions:
-                os.close(fd)
     except Ended as ended:
         error = ended.reason.removeprefix("the task's reference failed: ")
     return {"job": request["job"], "task": error}

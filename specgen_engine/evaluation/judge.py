@@ -5,6 +5,7 @@ It lives as long as its task is in use on its worker, so that the reference is i
 
 from __future__ import annotations
 
+import mmap
 import os
 import traceback
 from pathlib import Path
@@ -15,9 +16,14 @@ import torch
 from .base import Task
 from .clock import clock_for
 from .compare import difference, same_bits
+from .gpumemory import GpuRegion
 from .modules import TimedCalls, construct, load_module, shares_memory
 from .tensors import LayoutError, map_tensors, read_values, tensors_of, write_values
 from .wire import Channel, clip
+
+OUTPUT_ROOM = 6
+"""The results' region on a GPU, in results of the reference: one, the one before it, and wider types than asked."""
+ROOM_BYTES = 4 << 20
 
 
 class Slot(NamedTuple):
@@ -37,7 +43,11 @@ class Judge:
         self.slots: dict[int, Slot] = {}
         self.calls: TimedCalls | None = None
         self.last_result: Any = None
-        self.inputs_fd = self.outputs_fd = -1
+        self.on_gpu = device.startswith("cuda")
+        self.inputs_on = device
+        self.placed = False
+        self.inputs: int | GpuRegion = -1
+        self.outputs: int | GpuRegion = -1
         self.next_offset = 0
 
     def load(self) -> None:
@@ -48,23 +58,72 @@ class Judge:
                 raise ValueError(f"the task defines no {name}")
         self.module = module
         self.init_inputs = list(module.get_init_inputs())
-        self.model = construct(module, "Model", self.init_inputs, self.seed, self.device)
-        self.clock = clock_for(self.device)
+        self.model = construct(module, "Model", self.init_inputs, self.seed, "cpu")
 
-    def begin(self) -> dict[str, object]:
-        """A new candidate: fresh regions; construction arguments and weights are laid out for it."""
+    def place(self) -> None:
+        """Move the model to its device: the first use of a GPU, so not before this process has its turn on it."""
+        self.clock = clock_for(self.device)
+        if isinstance(self.model, torch.nn.Module):
+            self.model = self.model.to(self.device)
+        if self.on_gpu:
+            inputs = self.make_inputs(self.seed)
+            self.input_bytes = _bytes_of(inputs)
+            self.output_bytes = _bytes_of(self.model(*map_tensors(inputs, lambda tensor: tensor.to(self.device))))
+        self.placed = True
+
+    def begin(self, sets: int) -> dict[str, object]:
+        """A new candidate: fresh regions; construction arguments and weights are laid out for it.
+
+        sets: how many sets of inputs may be prepared for it. On a GPU the regions are made here and "sizes" says how
+        large they are; else they came with the message.
+        """
+        self.release()
+        if not self.placed:
+            self.place()
+        state = dict(self.model.state_dict()) if isinstance(self.model, torch.nn.Module) else {}
+        sizes: list[int] = []
+        if self.on_gpu:
+            held = _bytes_of(self.init_inputs) + _bytes_of(state)
+            self.inputs = GpuRegion.create(held + sets * self.input_bytes, self.device)
+            self.outputs = GpuRegion.create(
+                OUTPUT_ROOM * self.output_bytes + self.input_bytes + ROOM_BYTES, self.device
+            )
+            sizes = [self.inputs.size, self.outputs.size]
+        init, end = write_values(self.inputs, self.init_inputs)
+        weights, self.next_offset = write_values(self.inputs, state, end)
+        return {"event": "begun", "init": init, "weights": weights, "seed": self.seed, "sizes": sizes}
+
+    def release(self) -> dict[str, object]:
+        """Drop everything that belonged to a candidate; on a GPU its memory goes back to the driver."""
         self.slots.clear()
         self.calls = self.last_result = None
-        init, end = write_values(self.inputs_fd, self.init_inputs)
-        state = dict(self.model.state_dict()) if isinstance(self.model, torch.nn.Module) else {}
-        weights, self.next_offset = write_values(self.inputs_fd, state, end)
-        return {"event": "begun", "init": init, "weights": weights, "seed": self.seed}
+        if self.on_gpu:
+            for region in (self.inputs, self.outputs):
+                if not isinstance(region, int):
+                    region.close()
+            self.inputs = self.outputs = -1
+            if self.placed:
+                torch.cuda.empty_cache()
+        return {"event": "released"}
+
+    def make_inputs(self, seed: int) -> list[Any]:
+        """The task's inputs under a seed, made on the device; on the host where the task insists on it."""
+        torch.manual_seed(seed)
+        if self.inputs_on == "cpu":
+            return list(self.module.get_inputs())
+        try:
+            with torch.device(self.inputs_on):
+                return list(self.module.get_inputs())
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:  # a generator of the host, a NumPy array ...: as the task was written
+            self.inputs_on = "cpu"
+            return self.make_inputs(seed)
 
     def prepare(self, slot: int, seed: int) -> dict[str, object]:
         """Inputs under a seed, laid out for the candidate, and the reference's results, kept here."""
-        torch.manual_seed(seed)
-        inputs = list(self.module.get_inputs())
-        layout, self.next_offset = write_values(self.inputs_fd, inputs, self.next_offset)
+        inputs = self.make_inputs(seed)
+        layout, self.next_offset = write_values(self.inputs, inputs, self.next_offset)
         kept = map_tensors(inputs, lambda tensor: tensor.to(self.device))
         given = map_tensors(kept, torch.clone)
         expected = self.model(*given)
@@ -81,16 +140,16 @@ class Judge:
         """status ok, wrong or rejected, with the reason. previous: the result before, laid out again."""
         known = self.slots[slot]
         try:
-            result = read_values(self.outputs_fd, outputs, self.device)
+            result = read_values(self.outputs, outputs, self.device)
             wrong = difference(result, known.expected)
             if wrong:
                 return _compared("wrong", wrong.reason)
             if aliases and not known.aliases:
                 return _compared("rejected", "its output shares memory with an input")
-            if not known.mutates and not same_bits(read_values(self.outputs_fd, inputs, self.device), known.inputs):
+            if not known.mutates and not same_bits(read_values(self.outputs, inputs, self.device), known.inputs):
                 return _compared("rejected", "it changes its inputs")
             if previous is not None and not same_bits(
-                read_values(self.outputs_fd, previous, self.device), self.last_result
+                read_values(self.outputs, previous, self.device), self.last_result
             ):
                 return _compared("rejected", "a result is overwritten by the next call")
             self.last_result = result
@@ -119,11 +178,20 @@ class Judge:
         error = f"the reference differs between two calls on the same inputs: {wrong.reason}" if wrong else ""
         return {"event": "probed", "error": error}
 
+    def shared_fds(self) -> tuple[int, ...]:
+        """Descriptors of the regions that were made here; the caller closes them."""
+        return tuple(region.fd() for region in (self.inputs, self.outputs) if not isinstance(region, int))
+
     def answer(self, message: dict[str, Any], fds: list[int]) -> dict[str, object]:
         op = message["op"]
         if op == "begin":
-            self.inputs_fd, self.outputs_fd = fds
-            return self.begin()
+            if fds:
+                for region in (self.inputs, self.outputs):
+                    _close(region)
+                self.inputs, self.outputs = fds
+            return self.begin(message["sets"])
+        if op == "release":
+            return self.release()
         if op == "prepare":
             return self.prepare(message["slot"], message["seed"])
         if op == "compare":
@@ -151,15 +219,21 @@ def main(channel: Channel, task: Task, device: str, seed: int) -> None:
                 message, fds = channel.recv_fds(2)
                 if message is None:
                     return
-                if fds:
-                    _close(judge.inputs_fd, judge.outputs_fd)
-                channel.send(judge.answer(message, fds))
+                answer = judge.answer(message, fds)
+                shared = judge.shared_fds() if message["op"] == "begin" else ()
+                channel.send(answer, shared)
+                for fd in shared:
+                    os.close(fd)
     except BaseException as error:  # the task's module may raise anything, SystemExit too
         text = "".join(traceback.format_exception(error))
         channel.send({"event": "error", "text": clip(text), "line": f"{type(error).__name__}: {error}"[:400]})
 
 
-def _close(*fds: int) -> None:
-    for fd in fds:
-        if fd >= 0:
-            os.close(fd)
+def _close(region: int | GpuRegion) -> None:
+    if isinstance(region, int) and region >= 0:
+        os.close(region)
+
+
+def _bytes_of(value: Any) -> int:
+    """What a nest takes in a region, at most."""
+    return sum(tensor.numel() * tensor.element_size() + mmap.PAGESIZE for tensor in tensors_of(value)) + mmap.PAGESIZE

@@ -64,12 +64,12 @@ class Policy:
     level: str
 
 
-def level(wanted: str) -> str:
-    """The level for off, prefer or require. Raises SandboxError when require can't be met."""
+def level(wanted: str, device: str = "cpu") -> str:
+    """The level for off, prefer or require at which the device works. Raises SandboxError when require can't be met."""
     if wanted == "off":
         return PROCESS
     for name in (FULL, KERNEL):
-        if _works(name):
+        if _works(name, device):
             return name
     if wanted == "require":
         raise SandboxError(
@@ -84,17 +84,24 @@ def around(name: str) -> int:
 
 
 @functools.cache
-def _works(name: str) -> bool:
-    """Try a level in a throw-away process."""
+def _works(name: str, device: str = "cpu") -> bool:
+    """Try a level, and the GPU in it, in a throw-away process."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            enter(Policy((), "cpu", name))
-            code = 0
+            enter(Policy((), device, name))
+            code = 0 if device == "cpu" else _start_cuda()
         finally:
             os._exit(code)
     return os.waitpid(pid, 0)[1] == 0
+
+
+def _start_cuda() -> int:
+    """The driver's first answer that is an error, else 0: is there a GPU to be reached from here?"""
+    driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 1 if code or not count.value else 0
 
 
 def enter(policy: Policy) -> None:

@@ -13,9 +13,10 @@ import torch
 
 from .base import Candidate
 from .clock import clock_for
+from .gpumemory import GpuRegion
 from .modules import TimedCalls, construct, load_module, shares_memory
 from .static import static_check
-from .tensors import map_tensors, read_values, tensors_of, write_values
+from .tensors import RegionFull, map_tensors, read_values, tensors_of, write_values
 from .wire import Channel, clip
 
 
@@ -26,22 +27,31 @@ class NotPlain(Exception):
 class Subject:
     """Answers the supervisor's messages; see the methods named after their op."""
 
-    def __init__(self, channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int]) -> None:
+    def __init__(self, channel: Channel, candidate: Candidate, device: str, regions: tuple[int, ...]) -> None:
         self.channel, self.candidate, self.device = channel, candidate, device
-        self.inputs_fd, self.outputs_fd = regions
+        self.inputs: int | GpuRegion = -1
+        self.outputs: int | GpuRegion = -1
+        if regions:
+            self.inputs, self.outputs = regions
         self.previous: Any = None
         self.calls: TimedCalls | None = None
 
     def load(self) -> None:
         self.module = load_module(self.candidate.source, "candidate", Path.cwd())
-        self.clock = clock_for(self.device)
+
+    def open_regions(self, fds: list[int], sizes: list[int]) -> None:
+        """Regions on a GPU are the judge's; those on the host were inherited."""
+        torch.cuda.init()
+        torch.empty(1, device=self.device)  # makes the context that the mapping needs
+        self.inputs, self.outputs = (GpuRegion.open(fd, size, self.device) for fd, size in zip(fds, sizes, strict=True))
 
     def construct(self, init: Any, weights: Any, seed: int) -> dict[str, object]:
         """ModelNew under the reference's seed; with the reference's weights where names and shapes agree."""
-        init_inputs = read_values(self.inputs_fd, init)
+        self.clock = clock_for(self.device)
+        init_inputs = read_values(self.inputs, init)
         self.model = construct(self.module, "ModelNew", init_inputs, seed, self.device)
         if isinstance(self.model, torch.nn.Module):
-            given = read_values(self.inputs_fd, weights, self.device)
+            given = read_values(self.inputs, weights, self.device)
             own = self.model.state_dict()
             if own and own.keys() == given.keys() and all(own[key].shape == given[key].shape for key in own):
                 self.model.load_state_dict(given)
@@ -49,22 +59,22 @@ class Subject:
 
     def run(self, inputs: Any) -> dict[str, object]:
         """One call on inputs not seen before; results, inputs as they are now and the former results are laid out."""
-        arguments = read_values(self.inputs_fd, inputs, self.device)
+        arguments = read_values(self.inputs, inputs, self.device)
         self.clock.settle()
         result = self.model(*arguments)
         self.clock.settle()
         _require_plain(result)
         aliases = shares_memory(tensors_of(result), tensors_of(arguments))
-        outputs, end = write_values(self.outputs_fd, result)
-        after, end = write_values(self.outputs_fd, arguments, end)
-        former = None if self.previous is None else write_values(self.outputs_fd, self.previous, end)[0]
+        outputs, end = write_values(self.outputs, result)
+        after, end = write_values(self.outputs, arguments, end)
+        former = None if self.previous is None else write_values(self.outputs, self.previous, end)[0]
         self.previous = result
         return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": former}
 
     def stage(self, layouts: dict[str, Any]) -> dict[str, object]:
         """Take over the timing inputs; nothing is called yet."""
         self.previous = None  # the judge forgets it too when a timed call is compared
-        sources = {int(slot): read_values(self.inputs_fd, layout, self.device) for slot, layout in layouts.items()}
+        sources = {int(slot): read_values(self.inputs, layout, self.device) for slot, layout in layouts.items()}
         if self.calls is None:
             self.calls = TimedCalls(self.model, sources, self.clock)
         self.calls.sources.update(sources)
@@ -78,15 +88,17 @@ class Subject:
     def show(self) -> dict[str, object]:
         """The result of the last timed call, apart from the timed block."""
         _require_plain(self.last)
-        outputs, end = write_values(self.outputs_fd, self.last)
+        outputs, end = write_values(self.outputs, self.last)
         assert self.calls is not None
-        after, _ = write_values(self.outputs_fd, self.calls.working, end)
+        after, _ = write_values(self.outputs, self.calls.working, end)
         aliases = shares_memory(tensors_of(self.last), tensors_of(self.calls.working))
         return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": None}
 
-    def answer(self, message: dict[str, Any]) -> dict[str, object]:
+    def answer(self, message: dict[str, Any], fds: list[int]) -> dict[str, object]:
         op = message["op"]
         if op == "construct":
+            if fds:
+                self.open_regions(fds, message["sizes"])
             return self.construct(message["init"], message["weights"], message["seed"])
         if op == "run":
             return self.run(message["inputs"])
@@ -106,9 +118,9 @@ def _require_plain(result: Any) -> None:
     map_tensors(result, check)
 
 
-def main(channel: Channel, candidate: Candidate, device: str, regions: tuple[int, int], source_bytes: int) -> None:
+def main(channel: Channel, candidate: Candidate, device: str, regions: tuple[int, ...], source_bytes: int) -> None:
     """Serve until the supervisor closes the channel or the candidate fails."""
-    send, receive = channel.send, channel.recv
+    send, receive = channel.send, channel.recv_fds
     fault = static_check(candidate.source, source_bytes)
     if fault:
         send({"event": "error", "kind": str(fault.status), "text": fault.reason, "line": fault.reason})
@@ -118,8 +130,14 @@ def main(channel: Channel, candidate: Candidate, device: str, regions: tuple[int
         subject.load()
         send({"event": "imported"})
         with torch.no_grad():
-            while (message := receive()) is not None:
-                send(subject.answer(message))
+            while True:
+                message, fds = receive(2)
+                if message is None:
+                    return
+                send(subject.answer(message, fds))
+    except RegionFull:
+        line = "its results are far larger than the reference's"
+        send({"event": "error", "kind": "wrong", "text": line, "line": line})
     except NotPlain as error:
         send({"event": "error", "kind": "rejected", "text": str(error), "line": str(error)})
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the candidate may raise anything

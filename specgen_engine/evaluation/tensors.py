@@ -1,13 +1,21 @@
-"""Arguments and results of a model in shared memory: raw bytes in a memfd, and a JSON layout that describes them."""
+"""Arguments and results of a model in shared memory: raw bytes, and a JSON layout that describes them.
+
+A region is a memfd on the host or a GpuRegion on a device.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import mmap
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from .gpumemory import GpuRegion
 
 ALIGN = 64
 REGION_BYTES = 1 << 40
@@ -25,6 +33,10 @@ class LayoutError(ValueError):
     """A value that can't be laid out, or a layout that doesn't describe values inside its region."""
 
 
+class RegionFull(LayoutError):
+    """The values need more bytes than the region has."""
+
+
 def create_region(name: str) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, REGION_BYTES)
@@ -32,10 +44,11 @@ def create_region(name: str) -> int:
     return fd
 
 
-def write_values(fd: int, value: Any, offset: int = 0) -> tuple[Any, int]:
+def write_values(region: int | GpuRegion, value: Any, offset: int = 0) -> tuple[Any, int]:
     """Write a nest of tensors and plain values from a page-aligned offset on; returns (layout, next free offset).
 
-    Raises LayoutError for values other than tensors, lists, tuples, dicts with string keys, numbers, strings, None.
+    Raises LayoutError for values other than tensors, lists, tuples, dicts with string keys, numbers, strings, None;
+    RegionFull when they don't fit.
     """
     tensors: list[tuple[torch.Tensor, int]] = []
     end = offset
@@ -58,41 +71,47 @@ def write_values(fd: int, value: Any, offset: int = 0) -> tuple[Any, int]:
         raise LayoutError(f"a {type(item).__name__} is no tensor, list, tuple, dict, number or string")
 
     layout = plan(value)
+    if end > _size(region):
+        raise RegionFull(f"{end} bytes; the region has {_size(region)}")
     if end > offset:
-        with _mapped(fd, offset, end - offset) as memory:
+        with _window(region, offset, end - offset) as memory:
             for tensor, start in tensors:
                 _view(memory, tensor.dtype, list(tensor.shape), _strides(tensor), start - offset).copy_(tensor.detach())
+        if not isinstance(region, int):
+            torch.cuda.synchronize()  # another process reads it once it is told
     return layout, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def read_values(fd: int, layout: Any, device: str = "cpu") -> Any:
+def read_values(region: int | GpuRegion, layout: Any, device: str = "cpu") -> Any:
     """Fresh private copies of the values of a layout. Raises LayoutError when it is malformed."""
     try:
-        return _read(fd, layout, device)
+        return _read(region, layout, device)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device's fault, not the layout's
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, OSError) as error:
         raise LayoutError(f"malformed layout: {error}") from error
 
 
-def _read(fd: int, layout: Any, device: str) -> Any:
+def _read(region: int | GpuRegion, layout: Any, device: str) -> Any:
     ((kind, body),) = layout.items()
     if kind == "v":
         return body
     if kind == "dtype":
         return _DTYPES[body]
     if kind in ("l", "u"):
-        parts = [_read(fd, part, device) for part in body]
+        parts = [_read(region, part, device) for part in body]
         return parts if kind == "l" else tuple(parts)
     if kind == "d":
-        return {key: _read(fd, part, device) for key, part in body.items()}
+        return {key: _read(region, part, device) for key, part in body.items()}
     name, shape, strides, start = body
     dtype = _DTYPES[name]
     extent = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if start < 0 or start + extent * dtype.itemsize > REGION_BYTES or min([*shape, *strides, 0]) < 0:
+    if start < 0 or start + extent * dtype.itemsize > _size(region) or min([*shape, *strides, 0]) < 0:
         raise LayoutError("tensor outside its region")
     if extent == 0:
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
     page = start // mmap.PAGESIZE * mmap.PAGESIZE
-    with _mapped(fd, page, start - page + extent * dtype.itemsize) as memory:
+    with _window(region, page, start - page + extent * dtype.itemsize) as memory:
         view = _view(memory, dtype, shape, strides, start - page)
         copy = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         copy.copy_(view)
@@ -132,24 +151,22 @@ def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-class _mapped:
-    def __init__(self, fd: int, offset: int, length: int) -> None:
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        self.map = mmap.mmap(fd, length, mmap.MAP_SHARED, access, offset=offset)
-
-    def __enter__(self) -> mmap.mmap:
-        return self.map
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self.map.close()
-        except BufferError:  # a tensor that still views it is collected with it
-            pass
+def _size(region: int | GpuRegion) -> int:
+    return REGION_BYTES if isinstance(region, int) else region.size
 
 
-def _view(memory: mmap.mmap, dtype: torch.dtype, shape: list[int], strides: list[int], offset: int) -> torch.Tensor:
+@contextmanager
+def _window(region: int | GpuRegion, offset: int, length: int) -> Iterator[torch.Tensor]:
+    """Bytes of a region as a uint8 tensor."""
+    if not isinstance(region, int):
+        yield region.bytes[offset : offset + length]
+        return
+    mapped = mmap.mmap(region, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+    yield torch.frombuffer(mapped, dtype=torch.uint8)  # the map is closed when the last view of it is collected
+
+
+def _view(memory: torch.Tensor, dtype: torch.dtype, shape: list[int], strides: list[int], offset: int) -> torch.Tensor:
     extent = 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if extent == 0:
         return torch.empty_strided(shape, strides, dtype=dtype)
-    flat = torch.frombuffer(memory, dtype=dtype, count=extent, offset=offset)
-    return flat.as_strided(shape, strides)
+    return memory[offset : offset + extent * dtype.itemsize].view(dtype).as_strided(shape, strides)

@@ -27,6 +27,7 @@ from .limits import EvaluationLimits
 from .wire import Channel, WireError, clip
 
 TICK_S = 0.1
+CANCEL_PATIENCE_S = 0.1
 
 
 class Ended(Exception):
@@ -79,10 +80,11 @@ class Worker:
         self.judge: Child | None = None
         self.judge_key = ""
         self.candidate: Child | None = None
-        self.regions: tuple[int, int] = (-1, -1)  # those of the candidate that runs
+        self.regions: tuple[int, ...] = ()  # those on the host of the candidate that runs
+        self.on_gpu = device.startswith("cuda")
         self.job = ""
         self.stage = "import"
-        self.level = sandbox.level(limits.sandbox)
+        self.level = sandbox.level(limits.sandbox, device)
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -117,6 +119,7 @@ class Worker:
             self._forget(child)
         os.close(child.output_fd)
         child.channel.close()
+        child.close_fds()
         shutil.rmtree(child.scratch, ignore_errors=True)
         if child is self.judge:
             self.judge, self.judge_key = None, ""
@@ -141,12 +144,12 @@ class Worker:
         except OSError:
             pass
 
-    def reply(self, child: Child, seconds: float, doing: str) -> dict[str, Any]:
+    def reply(self, child: Child, seconds: float, doing: str, *, heed_cancel: bool = True) -> dict[str, Any]:
         """The next owed message. Raises Ended when it doesn't come: timeout, crash, flood, memory, cancel."""
         deadline = time.monotonic() + seconds
         while True:
-            if self.job in self.link.cancelled:
-                raise Ended(Status.CANCELLED, "cancelled")
+            if heed_cancel:
+                self.heed_cancel()
             if child.inbox:
                 child.pending -= 1
                 return self._checked(child, child.inbox.popleft())
@@ -155,6 +158,11 @@ class Worker:
             if time.monotonic() >= deadline:
                 raise self._overdue(child, seconds, doing)
             self.pump(min(TICK_S, deadline - time.monotonic()))
+
+    def heed_cancel(self) -> None:
+        """Raises Ended when the job at hand was cancelled."""
+        if self.job in self.link.cancelled:
+            raise Ended(Status.CANCELLED, "cancelled")
 
     def pump(self, seconds: float) -> None:
         """Handle whatever happens within a tick; looks after memory and process counts when nothing does."""
@@ -171,7 +179,8 @@ class Worker:
 
     def _take(self, child: Child) -> None:
         try:
-            message = child.channel.recv()
+            message, fds = child.channel.recv_fds(2 if child is self.judge else 0)
+            child.fds += fds
         except (WireError, OSError):
             message = {"event": "error", "kind": "rejected", "line": "forged message", "text": "forged message"}
         if message is None:
@@ -201,7 +210,7 @@ class Worker:
         if child is None or child.ended:
             return
         used, count = children.held_bytes(child.pid)
-        used = max(used, *(os.fstat(fd).st_blocks << 9 for fd in self.regions))
+        used = max([used, *(os.fstat(fd).st_blocks << 9 for fd in self.regions)])
         if used > self.limits.memory_bytes:
             raise Ended(Status.RUNTIME_ERROR, f"out of memory: it holds more than {self.limits.memory_bytes >> 20} MiB")
         if count > self.limits.processes:
@@ -258,7 +267,25 @@ class Worker:
         self.judge_key = task.hash
         return self.judge
 
-    def start_candidate(self, candidate: Candidate, regions: tuple[int, int], build: Path) -> Child:
+    def wait(self, seconds: float) -> None:
+        """Between two tries for the GPU: live on. Raises Ended when the job at hand is cancelled."""
+        self.heed_cancel()
+        self.pump(seconds)
+
+    def release_judge(self) -> None:
+        """The judge gives back what it holds for a candidate; one that doesn't do so soon is ended."""
+        judge = self.judge
+        if judge is None or judge.ended:
+            return
+        patience = CANCEL_PATIENCE_S if self.job in self.link.cancelled else self.limits.task_s
+        try:
+            self.ask(judge, {"op": "release"})
+            while judge.pending:
+                self.reply(judge, patience, "giving memory back", heed_cancel=False)
+        except Ended:
+            self.end(self.judge)
+
+    def start_candidate(self, candidate: Candidate, regions: tuple[int, ...], build: Path) -> Child:
         device, source_bytes = self.device, self.limits.source_bytes
 
         def entry(channel: Channel) -> None:
@@ -297,7 +324,7 @@ class Worker:
 
 def candidate_fault(kind: str, line: str, text: str, stage: str) -> Ended:
     """What an error message of a candidate's process means."""
-    if kind in (Status.REJECTED, Status.COMPILE_ERROR):
+    if kind in (Status.REJECTED, Status.COMPILE_ERROR, Status.WRONG):
         return Ended(Status(kind), line, text if kind == Status.COMPILE_ERROR else "")
     first = line.splitlines()[0] if line else "no message"
     digest = error_digest(text)

@@ -385,6 +385,7 @@ def _verdict(message: dict, waited: dict[str, float]) -> Verdict:
     interval = message.pop("interval", None)
     status = Status(message.pop("status"))
     stages = waited | message.pop("stages")
+    stages[Stage.QUEUED] = round(stages[Stage.QUEUED] + message.pop("waited", 0.0), 4)
     return Verdict(status=status, interval=tuple(interval) if interval else None, stages=stages, **message)
 
 
