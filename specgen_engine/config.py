@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -215,9 +215,3 @@ def _line_of(text: str, path: tuple[str, ...]) -> int:
             if full == names[: len(full)]:
                 return number
     return 1
-
-
-def choices_of(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Allowed words of a Literal leaf, for docs and shell completion."""
-    info = dict(leaves())[path]
-    return get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
