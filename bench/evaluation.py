@@ -147,7 +147,7 @@ def compare(rows: list[dict], scores: dict[str, Any]) -> dict[str, Any]:
 def spread(values: list[float]) -> dict[str, float] | None:
     if len(values) < 2:
         return None
-    cuts = statistics.quantiles(values, n=20)
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
     figures = {"min": min(values), "p5": cuts[0], "p50": statistics.median(values), "p95": cuts[-1], "max": max(values)}
     return {"n": len(values)} | {key: round(value, 3) for key, value in figures.items()}
 
@@ -181,7 +181,7 @@ def repeats(first: list[dict], second: list[dict]) -> dict[str, Any]:
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    answers = read_answers(args.traces, args.only)
+    answers = [answer for answer in read_answers(args.traces, args.only) if answer.kind in args.kinds.split(",")]
     scores = json.loads(args.scores.read_text())
     ends = time.monotonic() + args.budget_s
     light = [answer for answer in answers if answer.kind != "cuda"]
@@ -213,6 +213,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--only", default="", help="regular expression on an answer's path")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--light-workers", type=int, default=2)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=0, help="how many correct answers are run a second time")

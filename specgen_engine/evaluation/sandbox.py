@@ -91,17 +91,23 @@ def _works(name: str, device: str = "cpu") -> bool:
         code = 1
         try:
             enter(Policy((), device, name))
-            code = 0 if device == "cpu" else _start_cuda()
+            code = 0 if device == "cpu" or _reaches(device) else 1
         finally:
             os._exit(code)
     return os.waitpid(pid, 0)[1] == 0
 
 
-def _start_cuda() -> int:
-    """The driver's first answer that is an error, else 0: is there a GPU to be reached from here?"""
-    driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    return 1 if code or not count.value else 0
+def _reaches(device: str) -> bool:
+    """Can a candidate use the GPU from here? What its first launch asks of the driver, and of NVML through torch."""
+    import torch
+
+    try:
+        torch.cuda.init()
+        torch.cuda.get_device_properties(device)
+    except (RuntimeError, AssertionError, OSError) as error:
+        print(f"specgen: a GPU can't be used in a stronger sandbox here: {error}"[:400], file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def enter(policy: Policy) -> None:

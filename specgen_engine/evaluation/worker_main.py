@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 from . import children
 from .limits import EvaluationLimits
@@ -21,16 +22,9 @@ def main() -> None:
     fd, device, cache, scratch, limits = sys.argv[1:6]
     children.become_subreaper()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # cpp_extension asks for a GPU when it is imported; asked of the CUDA runtime, no forked child could use CUDA.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import_for_children(device)
     import torch
-    import torch.utils.cpp_extension
 
-    if device.startswith("cuda") and importlib.util.find_spec("triton"):
-        import triton
-        import triton.language  # noqa: F401  (0.5 s that each candidate would spend)
-
-    from . import compare, evaluate, gpumemory, judge, subject, timing  # noqa: F401  (children must not import them from disk)
     from .worker import Link, Worker
 
     torch.set_num_threads(1)
@@ -38,7 +32,7 @@ def main() -> None:
     gc.freeze()
     link = Link(socket.socket(fileno=int(fd)))
     if device.startswith("cuda") and not _children_can_use_cuda():
-        link.send({"fatal": "CUDA was initialised in the worker, so its children can't use it; does NVML work here?"})
+        link.send({"fatal": "CUDA was initialised in the worker before it forked: its children can't use the GPU"})
         return
     try:
         worker = Worker(link, device, EvaluationLimits(**json.loads(limits)), Path(cache), Path(scratch))
@@ -46,6 +40,23 @@ def main() -> None:
         link.send({"fatal": str(error)})
         return
     worker.serve()
+
+
+def import_for_children(device: str) -> None:
+    """Imports that each child would have to make, none of which may ask the driver anything.
+
+    cpp_extension does when it is imported: asked through the CUDA runtime, no child could use CUDA; asked through NVML,
+    children inherit a library whose descriptors are closed (on an H100 most launches then failed: Invalid device id).
+    """
+    import torch
+
+    with mock.patch.object(torch.cuda, "is_available", return_value=True):
+        import torch.utils.cpp_extension
+    if device.startswith("cuda") and importlib.util.find_spec("triton"):
+        import triton
+        import triton.language  # noqa: F401  (0.5 s that each candidate would spend)
+
+    from . import compare, evaluate, gpumemory, judge, subject, timing  # noqa: F401
 
 
 def _children_can_use_cuda() -> bool:

@@ -98,7 +98,7 @@ def test_fork_bomb(sandboxed: PoolThread) -> None:
 
 
 def test_require_is_refused_where_it_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_works", lambda name: False)
+    monkeypatch.setattr(sandbox, "_works", lambda *_: False)
     assert sandbox.level("prefer") == sandbox.PROCESS
     with pytest.raises(sandbox.SandboxError, match="sandbox=require"):
         sandbox.level("require")
