@@ -52,7 +52,7 @@ def evaluate(
         raise BadInput("--profile: profiling is not built yet; leave it out")
     if json is not None and not json.absolute().parent.is_dir():
         raise BadInput(f"--json {json}: its folder does not exist; make it first")
-    _require_device(device)
+    require_device(device)
     reference = Task(_read(task, limits), name=task.parent.name if task.name == "task.py" else task.stem)
     named = [(path, Candidate(_read_candidate(path, limits))) for path in candidates]
     console = Console(stderr=True)
@@ -104,7 +104,7 @@ def _workers(device: str, candidates: int) -> int:
     return max(1, min(MAX_WORKERS, candidates, len(os.sched_getaffinity(0)) // 2))
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
     if device == "cpu":
         return
     name, _, number = device.partition(":")
