@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 OTHER = "other"
+NAMED = 64
+Gpu = int | str
+"""Its number, or in a live pool its name (host and device)."""
 
 
 class Outcome(StrEnum):
@@ -36,11 +40,11 @@ class Account:
 
     def __init__(self) -> None:
         self.seconds: dict[Spent, float] = defaultdict(float)
-        self._busy: dict[int, float] = {}
-        self._present: dict[int, float] = {}
-        self._joined: dict[int, float] = {}
+        self._busy: dict[Gpu, float] = {}
+        self._present: dict[Gpu, float] = {}
+        self._joined: dict[Gpu, float] = {}
 
-    def join(self, gpu: int, now: float) -> None:
+    def join(self, gpu: Gpu, now: float) -> None:
         """A GPU is in the pool from now on. Raises ValueError when it is already."""
         if gpu in self._joined:
             raise ValueError(f"gpu={gpu}: it is in the pool already")
@@ -48,13 +52,13 @@ class Account:
         self._busy.setdefault(gpu, 0.0)
         self._present.setdefault(gpu, 0.0)
 
-    def leave(self, gpu: int, now: float) -> None:
+    def leave(self, gpu: Gpu, now: float) -> None:
         """Its busy share stays, counted over the time it was there. Raises ValueError when it is not in the pool."""
         if gpu not in self._joined:
             raise ValueError(f"gpu={gpu}: it is not in the pool")
         self._present[gpu] += now - self._joined.pop(gpu)
 
-    def record(self, search: str, stage: str, outcome: Outcome, gpu: int, seconds: float) -> None:
+    def record(self, search: str, stage: str, outcome: Outcome, gpu: Gpu, seconds: float) -> None:
         """Raises ValueError when seconds is negative or the GPU never joined."""
         if not seconds >= 0:
             raise ValueError(f"seconds={seconds}: use a number of at least 0")
@@ -63,7 +67,7 @@ class Account:
         self.seconds[Spent(search, stage, outcome)] += seconds
         self._busy[gpu] += seconds
 
-    def utilisation(self, now: float) -> dict[int, float]:
+    def utilisation(self, now: float) -> dict[Gpu, float]:
         """Busy share by GPU, 0 to 1, over the time that each was in the pool; 0 for one that has just joined."""
         shares = {}
         for gpu, busy in self._busy.items():
@@ -93,7 +97,7 @@ class AccountCollector(Collector):
     clock: gives now, in the account's clock.
     """
 
-    def __init__(self, account: Account, clock: object, searches: int = 64) -> None:
+    def __init__(self, account: Account, clock: object, searches: int = NAMED) -> None:
         if not callable(clock):
             raise TypeError("clock: use a function that returns seconds, like time.monotonic")
         self.account, self.clock, self.searches = account, clock, searches
@@ -118,7 +122,47 @@ class AccountCollector(Collector):
         yield busy
 
 
-def exposition(account: Account, now: float, searches: int = 64) -> bytes:
+class PoolMetrics:
+    """The same series as plain counters, which also work in prometheus' multiprocess mode (SGLang's /metrics).
+
+    Counters are never taken back, so the first NAMED searches keep their names and later ones add up as "other".
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or REGISTRY
+        self._named: set[str] = set()
+        self.seconds = Counter(
+            "specgen_pool_gpu_seconds",
+            "Busy GPU-seconds of the evaluator pool.",
+            ["search", "stage", "outcome"],
+            registry=registry,
+        )
+        self.jobs = Counter(
+            "specgen_pool_jobs", "Attempts that ended, by stage and outcome.", ["stage", "outcome"], registry=registry
+        )
+        self.share = Gauge(
+            "specgen_pool_gpu_busy_share", "Busy share of each evaluator GPU, 0 to 1.", ["gpu"],
+            multiprocess_mode="livemostrecent", registry=registry,
+        )  # fmt: skip
+
+    def record(self, search: str, stage: str, outcome: Outcome, seconds: float) -> None:
+        if len(self._named) < NAMED:
+            self._named.add(search)
+        self.seconds.labels(search if search in self._named else OTHER, stage, outcome).inc(seconds)
+        self.jobs.labels(stage, outcome).inc()
+
+    def shares(self, utilisation: dict[Gpu, float]) -> None:
+        for gpu, share in utilisation.items():
+            self.share.labels(str(gpu)).set(share)
+
+
+@cache
+def process_metrics() -> PoolMetrics:
+    """Those in this process's default registry; made once."""
+    return PoolMetrics()
+
+
+def exposition(account: Account, now: float, searches: int = NAMED) -> bytes:
     """The account in Prometheus' text format, as of now."""
     registry = CollectorRegistry()
     registry.register(AccountCollector(account, lambda: now, searches))

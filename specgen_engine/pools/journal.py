@@ -75,6 +75,18 @@ class Journal:
         self.path = Path(path)
         if not self.path.exists():
             _create(self.path)
+        self._open()
+
+    @classmethod
+    def in_memory(cls) -> Journal:
+        """One that ends with this process, for a pool whose jobs nobody would ask for afterwards."""
+        journal = cls.__new__(cls)
+        journal.path = Path(":memory:")
+        journal._db = sqlite3.connect(":memory:", isolation_level=None)
+        journal._db.executescript(_SCHEMA)
+        return journal
+
+    def _open(self) -> None:
         with self._clear():
             if self.path.stat().st_size < 512:
                 raise JournalError(f"{self._cut()} ({self.path.stat().st_size} bytes)")

@@ -76,6 +76,8 @@ class FairQueue:
         line = self._lines.setdefault(job.search, _Line())
         if job.could_end:
             heapq.heappush(line.ends, (-job.priority, job.expected_s, self._numbers, job))
+        elif line.forks and job.submitted < line.forks[0].submitted:  # one that is retried
+            line.forks.appendleft(job)
         else:
             line.forks.append(job)
         self.refresh(job.search)
@@ -173,4 +175,6 @@ class FairQueue:
             return None
         if first is Urgency.ENDS:
             return heapq.heappop(line.ends)[-1]
-        return line.forks.pop() if first is Urgency.NEWEST else line.forks.popleft()
+        if first is Urgency.NEWEST and line.forks[-1].fork > line.forks[0].fork:
+            return line.forks.pop()
+        return line.forks.popleft()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from .policy import (
@@ -23,6 +24,9 @@ from .policy import (
     should_switch,
 )
 from .policy_queue import FairQueue, SearchState
+
+MOST_PLACES = 64
+"""Idle GPUs that place() may choose from, so that a decision costs the same in a large pool."""
 
 
 class Assignment(NamedTuple):
@@ -86,10 +90,14 @@ class PoolState:
 
     Events: add_gpu, remove_gpu, add_search, submit, release, cancel, cancel_search; then decide. Every call raises
     ValueError naming what it got when a GPU, job or search is unknown or known already; the state is then unchanged.
+
+    place: which of some idle GPUs of the right role suits a job best, None for no preference.
     """
 
-    def __init__(self, config: PolicyConfig | None = None) -> None:
-        self.config = config or PolicyConfig()
+    def __init__(
+        self, config: PolicyConfig | None = None, *, place: Callable[[JobView, list[int]], int | None] | None = None
+    ) -> None:
+        self.config, self._place = config or PolicyConfig(), place
         self.searches: dict[str, SearchState] = {}
         self.queues = {role: FairQueue(self.searches, self.config) for role in Role}
         self._gpus: dict[int, _Gpu] = {}
@@ -261,7 +269,7 @@ class PoolState:
             view = self._view(next(iter(self._movable[role])))
             if should_switch(view, self.load(role, now), self.load(other, now), now, self.config):
                 return self._start(view.number, other, now)
-        return self._start(next(reversed(self._idle[role])), role, now)
+        return self._start(None, role, now)
 
     def _lend(self, role: Role, now: float, out: list[Assignment]) -> None:
         """Idle GPUs of a role without work: to where work waits, or ready for what will come."""
@@ -279,10 +287,15 @@ class PoolState:
             else:
                 return
 
-    def _start(self, index: int, role: Role, now: float) -> Assignment:
+    def _start(self, index: int | None, role: Role, now: float) -> Assignment:
+        """index: None for any idle GPU of the role, the one that rested last unless place() prefers another."""
         fair = fairness_binds(self.load(role, now), len(self._gpus), self.config)
         job = self.queues[role].pop(fair=fair)
         assert job is not None
+        if index is None and self._place is not None:
+            index = self._place(job, list(islice(reversed(self._idle[role]), MOST_PLACES)))
+        if index is None:
+            index = next(reversed(self._idle[role]))
         gpu, state = self._gpus[index], self.searches[job.search]
         switch = self._occupy(index, role, now)
         gpu.job = job

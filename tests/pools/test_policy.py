@@ -180,7 +180,7 @@ def test_a_short_backlog_is_served_by_age() -> None:
 def test_a_deadline_passed_in_the_queue_is_reported_once_and_never_run() -> None:
     state = pool(V)
     state.submit(job("first", deadline=50.0), 0.0)
-    state.submit(job("late", at=1.0, deadline=3.0), 1.0)
+    state.submit(job("late", at=1.0, fork=1, deadline=3.0), 1.0)
     assert [one.job.id for one in state.decide(2.0).assignments if one.job] == ["late"]
     assert [one.id for one in state.decide(50.0).expired] == ["first"]
     assert state.decide(51.0).expired == ()

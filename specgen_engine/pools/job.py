@@ -1,0 +1,141 @@
+"""A submitted job: its handle for whoever waits, and its form in the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import anyio
+
+from ..evaluation.base import Candidate, Stage, Status, Task, Verdict
+from .base import JobStage
+from .policy import JobView
+
+if TYPE_CHECKING:
+    from .dispatch import Dispatcher
+
+
+class Order(NamedTuple):
+    """What was submitted; all that is needed to run it again after a crash.
+
+    deadline: seconds since the epoch, since another process's monotonic clock says nothing here.
+    """
+
+    stage: JobStage
+    task: Task
+    candidate: Candidate | None
+    search: str
+    priority: float = 0.0
+    deadline: float | None = None
+    fork: int = 0
+    could_end: bool = False
+    options: Mapping[str, object] = MappingProxyType({})
+
+    def to_json(self) -> str:
+        own = self._asdict() | {
+            "options": dict(self.options),
+            "task": asdict(self.task),
+            "candidate": self.candidate.source if self.candidate else None,
+        }
+        return json.dumps(own)
+
+    @classmethod
+    def from_json(cls, text: str) -> Order:
+        """Raises ValueError, KeyError or TypeError for a text that to_json did not write."""
+        own = json.loads(text)
+        source = own.pop("candidate")
+        return cls(
+            stage=JobStage(own.pop("stage")),
+            task=Task(**own.pop("task")),
+            candidate=Candidate(source) if source is not None else None,
+            **own,
+        )
+
+
+@dataclass(eq=False)
+class PoolJob:
+    """See evaluation.base.Job. tries: attempts that died under it."""
+
+    pool: Dispatcher
+    id: str
+    order: Order
+    view: JobView
+    submitted: float
+    seen: list[Stage] = field(default_factory=lambda: [Stage.QUEUED])
+    result: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    slot: int | None = None
+    attempt: int = 0
+    tries: int = 0
+    cancelled: str = ""  # why, once somebody has asked for it
+    queued_s: float = 0.0
+    began: float = 0.0
+    busy_since: float | None = None
+    changed: anyio.Event = field(default_factory=anyio.Event)
+
+    async def events(self) -> AsyncIterator[Stage]:
+        """Stages as they are reached, from the first on; ends with the job."""
+        index = 0
+        while True:
+            while index < len(self.seen):
+                yield self.seen[index]
+                index += 1
+            if self.result.done():
+                return
+            await self.changed.wait()
+
+    async def verdict(self) -> Verdict:
+        """Of an evaluation; never raises for what the candidate did."""
+        return await asyncio.shield(self.result)
+
+    async def outcome(self) -> Any:
+        """Verdict, or for other stages the worker's answer; a job that failed has a Verdict that says how."""
+        return await asyncio.shield(self.result)
+
+    def cancel(self) -> None:
+        """Queued: it ends now. Running: its processes are killed, the verdict follows within 200 ms."""
+        self.pool.cancel(self)
+
+    def advance(self, stage: Stage) -> None:
+        self.seen.append(stage)
+        self._wake()
+
+    def finish(self, value: Any) -> None:
+        if not self.result.done():
+            self.result.set_result(value)
+        self._wake()
+
+    def failed(self, status: Status, reason: str, device: str) -> Verdict:
+        candidate = self.order.candidate.hash if self.order.candidate else ""
+        return Verdict(candidate, status, reason, device=device, stages=self.waited())
+
+    def waited(self) -> dict[str, float]:
+        return {Stage.QUEUED: round(self.queued_s or time.monotonic() - self.submitted, 4)}
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+
+def outcome_text(value: Any) -> str:
+    """How the journal keeps an outcome: JSON with at least a status."""
+    if isinstance(value, Verdict):
+        return json.dumps(asdict(value))
+    return json.dumps({"status": "done", "value": value})
+
+
+def outcome_value(text: str) -> Any:
+    """What outcome_text kept."""
+    told = json.loads(text)
+    if told["status"] == "done":
+        return told["value"]
+    interval = told.pop("interval")
+    return Verdict(
+        status=Status(told.pop("status")),
+        interval=tuple(interval) if interval else None,
+        **told,
+    )
