@@ -1,4 +1,4 @@
-"""`specgen`: serve, replay, demo, evaluate, doctor. Data on stdout, talk on stderr; bad input is one line, exit 2."""
+"""`specgen`: serve, replay, demo, evaluate, optimize, doctor. Data on stdout, talk on stderr; bad input: exit 2."""
 
 from __future__ import annotations
 
@@ -77,6 +77,44 @@ def evaluate(
     from specgen_engine.evaluation.command import evaluate as run
 
     run(task, candidates, device=device, profile=profile, json=json)
+
+
+@app.command()
+def optimize(
+    task: Annotated[Path, typer.Argument(help="reference module: Model, get_inputs, get_init_inputs")],
+    base_url: Annotated[
+        str, typer.Option(envvar="OPENAI_BASE_URL", help="any OpenAI endpoint; ours forks, others don't")
+    ] = "http://127.0.0.1:30000/v1",
+    model: Annotated[str, typer.Option(help="default: the first that the endpoint serves")] = "",
+    iterations: Annotated[int, typer.Option(help="of each search")] = 4,
+    minutes: Annotated[float | None, typer.Option(help="wall time of the run")] = None,
+    tokens: Annotated[int | None, typer.Option(help="generated tokens, forks' included")] = None,
+    gpu_seconds: Annotated[float | None, typer.Option(help="seconds of evaluation")] = None,
+    searches: Annotated[int, typer.Option(help="searches side by side; they share the best kernel")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N, for what the endpoint does not judge itself")] = "cpu",
+    max_tokens: Annotated[int, typer.Option(help="of one answer, reasoning included")] = 32_768,
+    temperature: Annotated[float | None, typer.Option(help="default: the endpoint's")] = None,
+    trigger: Annotated[str | None, typer.Option(help="default: the server's")] = None,
+    termination: Annotated[str | None, typer.Option(help="default: the server's")] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="the server replays: ask for iteration N of the recording at iteration N")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="history, best kernel, report (default: ./specgen-TASK)")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="write the report (specgen.optimize/1) to this file too", metavar="FILE")
+    ] = None,
+) -> None:
+    """Generate, validate, profile, and again, within budgets; the same command goes on after Ctrl-C or a crash."""
+    from specgen_engine.agent.command import optimize as run
+    from specgen_engine.agent.command import options_of
+
+    run(
+        options_of(
+            task, base_url=base_url, model=model, iterations=iterations, minutes=minutes, tokens=tokens,
+            gpu_seconds=gpu_seconds, searches=searches, device=device, max_tokens=max_tokens, temperature=temperature,
+            trigger=trigger, termination=termination, recorded=recorded, out=out, json=json,
+        )
+    )  # fmt: skip
 
 
 @app.command()
