@@ -42,6 +42,7 @@ __all__: list[str] = [
     "plan_tiles",
     "receive_frame",
     "select_copy_config",
+    "select_planes",
     "send_frame",
 ]
 
@@ -418,6 +419,15 @@ def select_copy_config(
     direction: Direction,
     sm_budget: typing.SupportsInt | typing.SupportsIndex,
 ) -> CopyConfig: ...
+def select_planes(
+    layout: PageLayout,
+    first: typing.SupportsInt | typing.SupportsIndex,
+    count: typing.SupportsInt | typing.SupportsIndex,
+) -> PageLayout:
+    """
+    Some of a page's planes, where they lie in the whole page: for copies layer by layer. A part can't be selected from again.
+    """
+
 def send_frame(
     socket: typing.SupportsInt | typing.SupportsIndex,
     payload: bytes,

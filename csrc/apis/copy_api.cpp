@@ -33,6 +33,9 @@ void register_copy(py::module_& module) {
     module.def("plan_page_layout", &plan_page_layout, py::arg("planes"), py::arg("layout"), py::arg("chunk_bytes"),
                py::arg("max_segment_bytes") = 8192,
                "Cut a page into segments. Raises UsageError naming the plane and the value.");
+    module.def("select_planes", &select_planes, py::arg("layout"), py::arg("first"), py::arg("count"),
+               "Some of a page's planes, where they lie in the whole page: for copies layer by layer. A part can't be "
+               "selected from again.");
     py::class_<CopyConfig>(module, "CopyConfig", "The kernel and launch shape of a transfer.")
         .def(py::init<std::string, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, double>(), py::arg("method"),
              py::arg("sms"), py::arg("warps"), py::arg("stages"), py::arg("stage_bytes"), py::arg("tiles_per_warp") = 1,

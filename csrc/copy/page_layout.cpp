@@ -35,7 +35,7 @@ PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout
         throw UsageError(
             concat("max_segment_bytes=", max_segment_bytes, " must be a positive multiple of ", kPieceAlignment));
     }
-    PageLayout plan{layout, chunk_bytes, 0, 0, 0, 0, {}};
+    PageLayout plan{layout, chunk_bytes, 0, 0, 0, 0, {}, {}};
     for (size_t i = 0; i < planes.size(); ++i) {
         check_plane(i, planes[i]);
         plan.page_bytes += planes[i].bytes;
@@ -61,8 +61,27 @@ PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout
             plan.slot_bytes = std::max(plan.slot_bytes, bytes);
         }
         before += plane.bytes;
+        plan.plane_ends.push_back(uint32_t(plan.segments.size()));
     }
     return plan;
+}
+
+PageLayout select_planes(const PageLayout& layout, uint32_t first, uint32_t count) {
+    const size_t planes = layout.plane_ends.size();
+    if (count == 0 || first >= planes || count > planes - first) {
+        throw UsageError(concat("planes ", first, " to ", uint64_t(first) + count, ": the page has ", planes));
+    }
+    PageLayout part = layout;
+    const auto begin = layout.segments.begin();
+    part.segments.assign(begin + (first == 0 ? 0 : layout.plane_ends[first - 1]),
+                         begin + layout.plane_ends[first + count - 1]);
+    part.plane_ends.clear();
+    part.page_bytes = part.slot_bytes = 0;
+    for (const Segment& segment : part.segments) {
+        part.page_bytes += segment.bytes;
+        part.slot_bytes = std::max(part.slot_bytes, segment.bytes);
+    }
+    return part;
 }
 
 }  // namespace specgen

@@ -26,6 +26,7 @@ struct PageLayout {
     uint64_t tag_offset;
     uint32_t slot_bytes;
     std::vector<Segment> segments;
+    std::vector<uint32_t> plane_ends;  // the segment after each plane's last
 
     ArenaView view(uint64_t base) const { return {base, chunk_bytes, tag_offset, pages_per_chunk, 0}; }
 };
@@ -36,5 +37,8 @@ uint32_t pages_in_chunk(uint64_t chunk_bytes, uint64_t page_bytes);
 // Throws UsageError naming the plane and value: sizes, strides and addresses must be multiples of 16 bytes.
 PageLayout plan_page_layout(const std::vector<Plane>& planes, ArenaLayout layout, uint64_t chunk_bytes,
                             uint32_t max_segment_bytes);
+
+// Some of a page's planes, where they lie in the whole page: for copies layer by layer. Throws UsageError.
+PageLayout select_planes(const PageLayout& layout, uint32_t first, uint32_t count);
 
 }  // namespace specgen

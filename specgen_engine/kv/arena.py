@@ -42,6 +42,16 @@ class Copy:
     def done(self) -> bool:
         return self.arena._reap_one(self)
 
+    def poll(self) -> bool:
+        """Whether the bytes have moved; `done` also gives the pages back to the books."""
+        return self.arena.copier.done(self.ticket)
+
+    def collect(self) -> NDArray[np.int32]:
+        return self.arena.copier.take_flags(self.ticket)
+
+    def wait(self, timeout_ms: int) -> bool:
+        return self.arena.copier.wait(self.ticket, timeout_ms)
+
     def result(self, timeout_s: float = 10.0) -> None:
         """Wait for the copy.
 
@@ -49,7 +59,7 @@ class Copy:
             CopyTimeout: not finished within `timeout_s`; the copy goes on.
             StalePages: an import found pages of another generation; their bytes must not be used.
         """
-        if not self.done() and not self.arena.copier.wait(self.ticket, int(timeout_s * 1000)):
+        if not self.done() and not self.wait(int(timeout_s * 1000)):
             raise CopyTimeout(f"copy of {len(self.refs)} pages unfinished after {timeout_s} s")
         self.done()
         assert self.flags is not None
@@ -84,6 +94,7 @@ class PageArena:
         max_segment_bytes: int = 8192,
     ) -> None:
         self.backend = backend
+        self.kind = layout
         self.layout = _kv.plan_page_layout(planes, layout, chunk_bytes, max_segment_bytes)
         self.chunk_bytes = chunk_bytes
         self.slots = slots
@@ -93,6 +104,8 @@ class PageArena:
         self._copies: list[Copy] = []
         self._quiet_until: dict[int, float] = {}
         self._revoking: set[int] = set()
+        self._retired: set[int] = set()  # slots that give out no more pages
+        self.revocations = 0  # chunks called back so far: when it stands still, no page was lost
         self._changed = threading.Condition(threading.RLock())
 
     def add_chunk(self, fd: int) -> int:
@@ -181,6 +194,7 @@ class PageArena:
                 if slot not in self._revoking:
                     self._ledger.revoke_chunk(slot)
                     self._revoking.add(slot)
+                    self.revocations += 1
                 self._quiet_until.pop(slot, None)
             self._changed.notify_all()
         removed: list[int] = []
@@ -225,6 +239,7 @@ class PageArena:
         with self._changed:
             for slot in slots:
                 self._ledger.pause_chunk(slot, True)
+                self._retired.add(slot)
 
     def counts(self) -> Counts:
         with self._changed:
@@ -299,6 +314,7 @@ class PageArena:
         self.space.unmap(slot)
         self._ledger.remove_chunk(slot)
         self._revoking.discard(slot)
+        self._retired.discard(slot)
         return True
 
     def _copies_in(self, slots: list[int]) -> bool:
@@ -310,7 +326,7 @@ class PageArena:
         with self._changed:
             copy = next((c for c in self._copies if not c.slots.isdisjoint(slots)), None)
         if copy is not None:
-            self.copier.wait(copy.ticket, max(1, int((deadline - time.monotonic()) * 1000)))
+            copy.wait(max(1, int((deadline - time.monotonic()) * 1000)))
 
     def _reap(self) -> None:
         for copy in list(self._copies):
@@ -318,8 +334,8 @@ class PageArena:
 
     def _reap_one(self, copy: Copy) -> bool:
         with self._changed:
-            if copy.flags is None and self.copier.done(copy.ticket):
-                copy.flags = self.copier.take_flags(copy.ticket)
+            if copy.flags is None and copy.poll():
+                copy.flags = copy.collect()
                 self._ledger.end_copy(copy.refs.pages)
                 self._copies.remove(copy)
             return copy.flags is not None

@@ -27,14 +27,25 @@ class Link:
     A thread of its own maps chunks as they come, obeys revocations and quiet spells, and renews the lease. If the
     lender dies, `lost` says so: pages of its chunks stay readable until `close`, no new ones are given out.
 
+    `before_return(slots, bound_s)` runs on that thread when the lender calls chunks back, before they are given up:
+    the moment to move pages elsewhere.
+
     Raises:
         PeerGone: nobody listens at `path`.
         LeaseRefused: the lender, or this side's check of the lender's user, says no.
         PeerTimeout: no answer within `timeout_s`.
     """
 
-    def __init__(self, arena: PageArena, path: Path, name: str, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        arena: PageArena,
+        path: Path,
+        name: str,
+        timeout_s: float = 5.0,
+        before_return: Callable[[list[int], float], None] | None = None,
+    ) -> None:
         self.arena = arena
+        self._before_return = before_return
         self.name = name
         self.lost: str | None = None
         self._timeout_s = timeout_s
@@ -53,6 +64,7 @@ class Link:
             self._channel.close()
             raise
         self.epoch = granted.epoch
+        self.total_chunks = granted.total_chunks
         self._renew_s = granted.lease_s / 3
         self._thread = threading.Thread(target=self._run, name=f"kv-borrower-{name}", daemon=True)
         self._thread.start()
@@ -204,7 +216,11 @@ class Link:
         elif message.epoch != self.epoch:
             raise BadMessage(f"{type(message).__name__} for epoch {message.epoch}, this lease has {self.epoch}")
         elif isinstance(message, wire.Revoke):
-            self._give_back([chunk for chunk in message.chunks if chunk in self._slots], message.bound_s)
+            wanted = [chunk for chunk in message.chunks if chunk in self._slots]
+            start = time.monotonic()
+            if self._before_return is not None:
+                self._before_return([self._slots[chunk] for chunk in wanted], message.bound_s / 2)
+            self._give_back(wanted, max(0.0, message.bound_s - (time.monotonic() - start)))
         elif isinstance(message, wire.Quiet):
             self._be_quiet(message)
         elif isinstance(message, wire.Resume) and message.quiet == self._quiet:
