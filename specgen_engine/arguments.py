@@ -17,13 +17,18 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """ServerArgs with `specgen` in its __dict__ (it is read-only by then, and pickled to the schedulers)."""
-    server_args = original(cls, args)
     if not getattr(args, "enable_specgen", False):
+        server_args = original(cls, args)
         if given := _given_without_flag(args):
             _refuse(f"{given} needs --enable-specgen")
         return server_args
     try:
         settings = config.from_arguments(args)
+        if settings.kv.tier != "off":
+            from specgen_engine.tier.hooks import prepare_arguments
+
+            settings = prepare_arguments(args, settings)
+        server_args = original(cls, args)
         _refuse_modes(server_args)
         server_args.__dict__["specgen"] = settings
         # The scheduler's too: a child made by fork, not spawn, inherits them and loads no plugins again.

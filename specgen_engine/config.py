@@ -6,7 +6,9 @@ Absent means default; present but wrong is an error naming the key, its line and
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +86,28 @@ class EvaluationConfig(Section):
     )
 
 
+class KvConfig(Section):
+    tier: Literal["peer", "loopback", "host", "off"] = Field(
+        "off",
+        description="second level of the KV cache: peer GPUs' lent memory, loopback (shared memory), host, or off",
+    )
+    fallback: Literal["refuse", "host", "off"] = Field(
+        "refuse", description="what to do at start when no lender is usable"
+    )
+    directory: Path | None = Field(
+        default=None, description="folder of the lenders' sockets (default: specgen-kv-UID in the temporary folder)"
+    )
+    chunk_mib: int = Field(default=64, ge=1, description="size of a lent chunk in MiB, the same for all lenders")
+    max_chunks: int | None = Field(
+        default=None, ge=1, le=4096, description="chunks borrowed at most by a rank (default: its share of all)"
+    )
+    sms: int = Field(default=16, ge=1, le=132, description="SMs that a transfer may occupy")
+
+    @property
+    def socket_directory(self) -> Path:
+        return self.directory or Path(tempfile.gettempdir()) / f"specgen-kv-{os.geteuid()}"
+
+
 class TaskConfig(Section):
     source: Literal["explicit", "prompt"] = Field(
         "explicit", description="prompt: also take a task from a fenced module in the prompt"
@@ -110,6 +134,7 @@ class SpecGenConfig(Section):
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     tasks: TaskConfig = Field(default_factory=TaskConfig)
+    kv: KvConfig = Field(default_factory=KvConfig)
     replay: tuple[Path, ...] = Field(default=(), description="trace folders; recorded ids replace sampled ones")
     history: int = Field(default=256, ge=1, description="finished searches kept for GET /specgen/searches")
 
@@ -130,6 +155,7 @@ def flag_of(path: tuple[str, ...]) -> str:
     short: dict[tuple[str, ...], str] = {
         ("tasks", "source"): "--specgen-tasks",
         ("evaluation", "sandbox"): "--specgen-sandbox",
+        ("kv", "tier"): "--specgen-kv",
     }
     return short.get(path) or "--specgen-" + "-".join(path).replace("_", "-")
 

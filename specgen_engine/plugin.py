@@ -67,6 +67,10 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "prefill_delayer_single_pass", "running_batch"), "forks are admitted only behind ordinary requests"),
     Hook("scheduler", "sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order", "after",
          "specgen_engine.scheduler.hooks:retraction_order", ("reqs", "server_args"), "forks are retracted first"),
+    Hook("scheduler", "sglang.srt.mem_cache.registry.default_radix_cache_factory", "around", "specgen_engine.tier.hooks:radix_cache",
+         ("ctx",), "the radix cache over lent memory, with --specgen-kv peer or loopback"),
+    Hook("scheduler", f"{SCHEDULER}.get_internal_state", "after", "specgen_engine.tier.hooks:internal_state",
+         ("self", "recv_req"), "the remote KV tier's counts and books in /server_info"),
     Hook("scheduler", "sglang.srt.model_executor.model_runner.ModelRunner.sample", "after", "specgen_engine.replay.sampler:sample",
          ("self", "logits_output", "forward_batch"), "replay: recorded ids replace sampled ones where sampling happens"),
 )  # fmt: skip

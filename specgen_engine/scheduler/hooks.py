@@ -19,6 +19,8 @@ def attach(_result: None, scheduler: Any) -> None:
         raise HookError("SpecGen engine: the scheduler got no configuration with its ServerArgs")
     register_messages()
     extension = scheduler.specgen = SchedulerExtension(scheduler, settings)
+    if (follow := getattr(scheduler.tree_cache, "follow_searches", None)) is not None:
+        follow(extension.watched)
 
     def end(message: EndSearch) -> None:
         extension.end(message)
