@@ -6,10 +6,11 @@ No torch here: the controller, the replay and the simulator import this module.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Status(StrEnum):
@@ -32,6 +33,11 @@ class Stage(StrEnum):
     COMPILE = "compile"
     CHECK = "check"
     TIME = "time"
+    PROFILE = "profile"
+
+
+MAX_CASES = 64
+_CASES = re.compile(r"^CASES = (\d{1,4})$", re.MULTILINE)
 
 
 def source_hash(source: str) -> str:
@@ -42,19 +48,30 @@ def source_hash(source: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A reference module in KernelBench form: Model, get_inputs() -> list, get_init_inputs() -> list."""
+    """A reference module in KernelBench form: Model, get_inputs() -> list, get_init_inputs() -> list.
+
+    A module with a line `CASES = N` has N shapes: get_inputs(case) makes those of one, 0 is the one that is timed.
+    files: what the reference may read besides installed software; absolute paths, never taken from a request.
+    """
 
     source: str
     name: str = "task"
+    files: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
         return source_hash(self.source)
 
+    @property
+    def cases(self) -> int:
+        """Shapes of its inputs, 1 to MAX_CASES."""
+        found = _CASES.search(self.source)
+        return max(1, min(MAX_CASES, int(found[1]))) if found else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A complete module that defines ModelNew."""
+    """A complete module that defines ModelNew, or another form that evaluation/candidates knows."""
 
     source: str
 
@@ -71,7 +88,17 @@ class Verdict:
     interval: (low, high) 95 % confidence interval of speedup.
     reason: one line for people; digest: the lines of an error that a language model can use.
     stages: seconds by Stage value; waiting for the GPU counts as queued.
+    roofline: the least time of the task's bytes at the device's peak bandwidth / candidate_ms; None: no peak is known.
+    profile: evaluation/profile/base.Profile as a dict, "text" with 15 lines for a prompt; None: none was asked for.
     own_s: the share of those seconds that was the candidate's own: import with compiling, construction, calls.
+    form: what the candidate was taken for (evaluation/candidates); "" when nothing looked at its text.
+    kind: of a wrong result: structure, shape, dtype, nan or value.
+    overhead: seconds of the harness's own work by step; "other" is what no step claims.
+    extra_ms: on a GPU, medians beside candidate_ms: candidate_warm and reference_warm (inputs left in the L2 cache),
+        candidate_graph (replays of the call as a CUDA graph) where it can be captured.
+    conditions: of the GPU while it was timed: use (what kept others off it), clocks, temperature, power, throttling,
+        each [before, after].
+    max_abs_error, max_rel_error: largest over the elements compared last, where both are floating point.
     """
 
     candidate: str
@@ -86,6 +113,15 @@ class Verdict:
     sandbox: str = "process"
     stages: dict[str, float] = field(default_factory=dict)
     own_s: float = 0.0
+    roofline: float | None = None
+    profile: dict[str, Any] | None = None
+    form: str = ""
+    kind: str = ""
+    max_abs_error: float | None = None
+    max_rel_error: float | None = None
+    overhead: dict[str, float] = field(default_factory=dict)
+    extra_ms: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.status is Status.CORRECT) != (self.speedup is not None):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .base import Status
+from .candidates.entry import EntryError, parse_entry
+from .candidates.forms import is_cuda_text, python_interface, solution_of
+from .candidates.solution_spec import SolutionError, parse_solution
 
 BANNED_IMPORTS = frozenset({"socket", "subprocess", "multiprocessing", "gc", "inspect", "specgen_engine"})
 """Nothing a kernel needs; each is the first step of a known way to cheat (tests/exploits)."""
@@ -18,8 +21,11 @@ class Fault(NamedTuple):
     reason: str
 
 
-def static_check(source: str, source_bytes: int, *, entry: str = "ModelNew") -> Fault | None:
-    """Why a text can't be evaluated, or None. Raises nothing, whatever the text."""
+def static_check(source: str, source_bytes: int, *, imports: bool = True) -> Fault | None:
+    """Why a text can't be evaluated, or None. Raises nothing, whatever the text.
+
+    imports: look for BANNED_IMPORTS too.
+    """
     if not source.strip():
         return Fault(Status.COMPILE_ERROR, "the source is empty")
     try:
@@ -30,17 +36,27 @@ def static_check(source: str, source_bytes: int, *, entry: str = "ModelNew") -> 
         return Fault(Status.REJECTED, f"the source has {size} bytes; at most {source_bytes} are read")
     if any(ord(char) < 32 and char not in "\t\n\r\f" for char in source):
         return Fault(Status.REJECTED, "the source has binary bytes (control characters)")
+    if is_cuda_text(source):
+        return check_entry(source)
+    solution = solution_of(source)
+    if solution is not None:
+        return _solution_fault(solution, imports)
+    fault = _python_fault(source, imports)
+    if fault is None and python_interface(source) is None:
+        names = "class ModelNew (nor custom_kernel, nor run)"
+        return Fault(Status.COMPILE_ERROR, f"the source defines no {names}")
+    return fault
+
+
+def _python_fault(source: str, imports: bool, where: str = "") -> Fault | None:
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        return Fault(Status.COMPILE_ERROR, f"line {error.lineno}: {error.msg}")
+        return Fault(Status.COMPILE_ERROR, f"{where}line {error.lineno}: {error.msg}")
     except (ValueError, RecursionError, MemoryError) as error:
-        return Fault(Status.COMPILE_ERROR, f"the source can't be parsed: {error or type(error).__name__}")
-    banned = _banned(tree)
-    if banned:
-        return Fault(Status.REJECTED, banned)
-    missing = _entry_missing(tree, entry)
-    return Fault(Status.COMPILE_ERROR, missing) if missing else None
+        return Fault(Status.COMPILE_ERROR, f"{where}the source can't be parsed: {error or type(error).__name__}")
+    banned = _banned(tree) if imports else None
+    return Fault(Status.REJECTED, where + banned) if banned else None
 
 
 def _banned(tree: ast.Module) -> str | None:
@@ -54,14 +70,24 @@ def _banned(tree: ast.Module) -> str | None:
     return None
 
 
-def _entry_missing(tree: ast.Module, entry: str) -> str | None:
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == entry:
-            return None
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == entry for target in targets):
-                return None
-        if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == entry for a in node.names):
-            return None
-    return f"the source defines no class {entry}"
+def check_entry(source: str) -> Fault | None:
+    """Of a plain .cu: is its entry declared, and does the text define it?"""
+    try:
+        entry = parse_entry(source)
+    except EntryError as error:
+        return Fault(Status.COMPILE_ERROR, str(error))
+    if not entry.defined_in(source):
+        return Fault(Status.COMPILE_ERROR, f'the source defines no extern "C" int {entry.name}(...), which it declares')
+    return None
+
+
+def _solution_fault(solution: dict[str, Any], imports: bool) -> Fault | None:
+    try:
+        parsed = parse_solution(solution)
+    except SolutionError as error:
+        return Fault(Status.COMPILE_ERROR, str(error))
+    for path, content in parsed.sources.items():
+        fault = _python_fault(content, imports, f"{path}: ") if path.endswith(".py") else None
+        if fault:
+            return fault
+    return None
