@@ -44,7 +44,7 @@ POLICIES = (
     "paragraph:min=400+fence+transition:min=400",
     "adaptive",
 )
-CRITERIA = ("speedup:1.5", "final:0.9", "correct", "plateau:3", "best_of:4", "none")
+CRITERIA = ("speedup:1.5", "final:0.9", "correct", "plateau:3", "best_of:4", "gain:0.2", "none")
 TIME_SHARES = (0.25, 0.5, 0.75, 1.0)
 ADAPTIVE_POINTS = "paragraph+fence+every:400"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from specgen_engine.controller.termination import Criterion, Never, Scored, best
+from specgen_engine.controller.termination import Criterion, Never, Progress, Scored, best
 from specgen_engine.evaluation.base import Status
 
 
@@ -159,6 +159,7 @@ class _Search:
         self.curve: list[tuple[float, float]] = []
         self.submitted: dict[str, View] = {}
         self.forks, self.last_fork = 0, 0
+        self.evaluator_s = 0.0
 
     def view(self, position: int) -> View:
         top = best(self.scored)
@@ -195,13 +196,21 @@ class _Search:
 
     def verdict(self, answer: Answer, source: str) -> bool:
         """Record one verdict; True when the search ends with it."""
-        self.scored.append(Scored(answer.hash, answer.status, answer.speedup, source, len(self.scored)))  # type: ignore[arg-type]
+        at_token = self.submitted[answer.hash].position if source == "fork" else round(self.base)
+        self.evaluator_s += answer.compile_s + answer.gpu_s
+        self.scored.append(
+            Scored(answer.hash, answer.status, answer.speedup, source, len(self.scored), at_token)  # type: ignore[arg-type]
+        )
         top = best(self.scored)
         if top and top.speedup and (not self.curve or top.speedup > self.curve[-1][1]):
             self.curve.append((self.now, top.speedup))
         if self.observe and source == "fork":
             self.observe(self.submitted[answer.hash], answer.speedup or 0.0, answer.tokens)
-        return source == "base" or self.criterion.decide(self.scored) is not None
+        return source == "base" or self.criterion.decide(self.scored, self.progress()) is not None
+
+    def progress(self) -> Progress:
+        reasoning = min(round(self.base), self.recording.tokens)
+        return Progress(self.now, reasoning, reasoning + round(self.fork_tokens), self.evaluator_s)
 
 
 def run_search(
@@ -241,7 +250,7 @@ def run_search(
         else:
             search.fork(stops[at], admit)
             at += 1
-    decision = criterion.decide(search.scored)
+    decision = criterion.decide(search.scored, search.progress())
     top = best(search.scored)
     by_hash = {one.hash: one for one in search.scored}
     own = any(one.source == "base" for one in search.scored)
@@ -270,7 +279,7 @@ def oracle_seconds(recording: Recording, machine: Machine, criterion: Criterion)
     scored: list[Scored] = []
     ready = 0.0
     for order, (mark, answer) in enumerate(zip(recording.marks, recording.forks, strict=True)):
-        scored.append(Scored(answer.hash, answer.status, answer.speedup, "fork", order))
+        scored.append(Scored(answer.hash, answer.status, answer.speedup, "fork", order, mark))
         ready = mark / machine.tokens_per_s + machine.prefill_s + answer.tokens / machine.tokens_per_s
         ready += answer.compile_s + answer.gpu_s
         if criterion.decide(scored):

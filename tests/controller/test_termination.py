@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgen_engine.controller.termination import DEFAULT, Scored, best, parse_termination
+from specgen_engine.controller.termination import (
+    DEFAULT,
+    Progress,
+    Scored,
+    best,
+    expected_log_gain,
+    parse_termination,
+    watches_progress,
+)
 from specgen_engine.evaluation.base import Status
 
 
@@ -123,6 +131,14 @@ def test_best_is_the_earlier_of_two_equals() -> None:
         ("best_of:2.5", "whole number"),
         ("plateau:0", "plateau:3"),
         ("plateau:x", "plateau:3"),
+        ("roofline:1.1", "roofline:0.8"),
+        ("gain:0", "gain:0.5"),
+        ("budget:", "once each"),
+        ("budget:tokens=0", "from 1 to"),
+        ("budget:tokens=5,tokens=6", "once each"),
+        ("budget:hours=5", "once each"),
+        ("speedup:1.5|", "use correct"),
+        ("speedup:1.5|none", "can't be joined"),
     ],
 )
 def test_a_bad_spec_is_one_error_with_field_value_and_remedy(spec: str, remedy: str) -> None:
@@ -131,6 +147,60 @@ def test_a_bad_spec_is_one_error_with_field_value_and_remedy(spec: str, remedy: 
     assert str(caught.value).startswith(f"specgen.termination={spec!r}: ")
 
 
-@pytest.mark.parametrize("spec", ["correct", "speedup:1.5", "best_of:4", "plateau:3", "none"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "correct", "speedup:1.5", "best_of:4", "plateau:3", "none", "roofline:0.8", "gain:0.5",
+        "budget:seconds=600,tokens=20000,gpu_seconds=30", "speedup:1.5|plateau:3|budget:tokens=100",
+    ],
+)  # fmt: skip
 def test_a_criterion_knows_its_spec(spec: str) -> None:
     assert parse_termination(spec).spec == spec
+
+
+def test_roofline_takes_the_fastest_of_those_that_reach_the_share() -> None:
+    near = Scored("near", Status.CORRECT, 2.0, "fork", 0, roofline=0.7)
+    unknown = Scored("unknown", Status.CORRECT, 9.0, "fork", 1)
+    there = Scored("there", Status.CORRECT, 3.0, "fork", 2, roofline=0.81)
+    criterion = parse_termination("roofline:0.8")
+    assert criterion.decide([near, unknown]) is None
+    decision = criterion.decide([near, unknown, there])
+    assert decision is not None
+    assert decision.hash == "there"
+
+
+@pytest.mark.parametrize("used", [Progress(seconds=60), Progress(tokens=500), Progress(evaluator_s=9)])
+def test_a_budget_ends_with_the_best_and_never_without_a_correct_one(used: Progress) -> None:
+    criterion = parse_termination("budget:seconds=60,tokens=500,gpu_seconds=9")
+    assert criterion.decide(search(1.0, 2.0), Progress(59, 499, 499, 8.9)) is None
+    assert criterion.decide(search(W, E), used) is None
+    decision = criterion.decide(search(1.0, 2.0), used)
+    assert decision is not None
+    assert decision.hash == "h1"
+
+
+def test_gain_goes_on_while_steps_come_and_ends_in_a_long_calm() -> None:
+    criterion = parse_termination("gain:0.5")
+    steps = [Scored(f"h{n}", Status.CORRECT, 1.5**n, "fork", n, at_token=1_000 * n) for n in range(1, 6)]
+    assert criterion.decide(steps, Progress(reasoning_tokens=5_500)) is None
+    decision = criterion.decide(steps[:1], Progress(reasoning_tokens=1_100))
+    assert decision is not None  # the prior alone pays 0.11 at 1,100 tokens
+    assert criterion.decide(search(0.9), Progress(reasoning_tokens=99_000)) is None
+    late = criterion.decide(steps, Progress(reasoning_tokens=10**9))
+    assert late is None  # steps in proportion to tokens: a constant rate never falls below its share
+    assert expected_log_gain(steps, 20_000) < expected_log_gain(steps, 6_000)
+
+
+def test_the_first_member_that_decides_wins() -> None:
+    criterion = parse_termination("speedup:5|correct")
+    decision = criterion.decide(search(1.2))
+    assert decision is not None
+    assert "first correct" in decision.reason
+    decision = criterion.decide(search(1.2, 6.0))
+    assert decision is not None
+    assert decision.hash == "h1"
+
+
+def test_who_watches_progress() -> None:
+    assert watches_progress(parse_termination("plateau:3|budget:tokens=10"))
+    assert not watches_progress(parse_termination("plateau:3|speedup:2"))
