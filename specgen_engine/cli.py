@@ -118,6 +118,21 @@ def optimize(
 
 
 @app.command()
+def lend(
+    size: Annotated[str, typer.Option("--specgen-kv-lend", help="auto, or a size: 24GiB, 500MB", metavar="BYTES|auto")],
+    device: Annotated[int, typer.Option(min=0, help="the GPU whose memory is lent")] = 0,
+    backend: Annotated[str, typer.Option(help="cuda, or loopback: shared memory, without a GPU")] = "cuda",
+    directory: Annotated[Path | None, typer.Option(help="of the socket; default: where servers look")] = None,
+    chunk_mib: Annotated[int, typer.Option(min=1, help="size of a chunk; the same at server and lenders")] = 64,
+    name: Annotated[str, typer.Option(help="of the socket")] = "",
+) -> None:
+    """Lend an evaluator GPU's spare memory to servers on this host that run with --specgen-kv peer."""
+    from specgen_engine.tier.lend import lend as run
+
+    raise SystemExit(run(size, device, backend, directory, chunk_mib, name))
+
+
+@app.command()
 def doctor(
     json: Annotated[Path | None, typer.Option(help="write the findings to this file", metavar="FILE")] = None,
 ) -> None:
