@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from ..evaluation.base import Candidate, Stage, Status, Task, Verdict
@@ -60,11 +59,11 @@ class Work(NamedTuple):
     task: Task
     candidate: Candidate | None
     quiet_s: float = 0.0
-    options: Mapping[str, object] = MappingProxyType({})
+    options: Mapping[str, object] | None = None
 
     def message(self) -> dict[str, object]:
         """What the worker reads."""
-        head: dict[str, object] = {**self.options, "op": self.op, "job": self.job, "task": asdict(self.task)}
+        head: dict[str, object] = {**(self.options or {}), "op": self.op, "job": self.job, "task": asdict(self.task)}
         return head if self.candidate is None else head | {"candidate": self.candidate.source}
 
 

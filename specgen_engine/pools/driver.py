@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from ..evaluation.base import Candidate, Status, Task
 from .base import STAGES, JobStage
@@ -115,7 +114,7 @@ class Driver(Dispatcher):
         fork: int = 0,
         could_end: bool | None = None,
         job: str | None = None,
-        options: Mapping[str, object] = MappingProxyType({}),
+        options: Mapping[str, object] | None = None,
     ) -> PoolJob:
         """Queue one stage of a candidate. deadline is a time.monotonic() value.
 

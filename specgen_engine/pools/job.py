@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -34,11 +33,11 @@ class Order(NamedTuple):
     deadline: float | None = None
     fork: int = 0
     could_end: bool = False
-    options: Mapping[str, object] = MappingProxyType({})
+    options: Mapping[str, object] | None = None
 
     def to_json(self) -> str:
         own = self._asdict() | {
-            "options": dict(self.options),
+            "options": dict(self.options) if self.options else None,
             "task": asdict(self.task),
             "candidate": self.candidate.source if self.candidate else None,
         }

@@ -66,6 +66,7 @@ class WorkerProcess:
             self.restarts += 1
             self.failures += 1
             if slot is not None:
+                del self.backend.workers[slot]
                 self.backend.tell(SlotDown(slot, self.fault))
             if time.monotonic() - started < QUICK_S:
                 self.backend.start_failed(self)
@@ -187,7 +188,7 @@ class _Lease:
 class LocalBackend:
     """See base.Backend. devices: one entry a worker ('cpu' or 'cuda:N'; a GPU may be named several times).
 
-    host: goes before the names of units where several machines share a pool.  lending: see base.Lending.
+    unit: the name that their time is accounted to (default: the device's).  lending: see base.Lending.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class LocalBackend:
         cache: Path | None = None,
         log: int | None = None,
         lending: Lending | None = None,
-        host: str = "",
+        unit: str = "",
     ) -> None:
         for device in devices:
             name, _, number = device.partition(":")
@@ -209,9 +210,8 @@ class LocalBackend:
         self.closing = False
         self.workers: dict[int, WorkerProcess] = {}
         self.numbers = itertools.count()
-        prefix = f"{host}/" if host else ""
         self.places = [
-            WorkerProcess(self, device, f"{prefix}{device}" + (f"/{index}" if device == "cpu" else ""))
+            WorkerProcess(self, device, unit or (f"cpu/{index}" if device == "cpu" else device))
             for index, device in enumerate(devices)
         ]
         self.tell: Callable[[Event], None] = lambda event: None
@@ -222,20 +222,21 @@ class LocalBackend:
         self._tasks = [asyncio.get_running_loop().create_task(place.run()) for place in self.places]
 
     def run(self, slot: int, work: Work) -> None:
-        self.workers[slot].give(work)
+        if slot in self.workers:
+            self.workers[slot].give(work)
 
     def switch(self, slot: int, role: Role) -> None:
         """A worker takes any job; what changes is which ones come."""
         asyncio.get_running_loop().call_soon(lambda: self.tell(Switched(slot)))
 
     def cancel(self, slot: int, job: str) -> None:
-        worker = self.workers[slot]
-        worker.send({"op": "cancel", "job": job})
+        if slot in self.workers:
+            self.workers[slot].send({"op": "cancel", "job": job})
 
     def kill(self, slot: int) -> None:
-        process = self.workers[slot].process
-        if process is not None and self.workers[slot].slot == slot:
-            process.kill()
+        worker = self.workers.get(slot)
+        if worker is not None and worker.process is not None:
+            worker.process.kill()
 
     def describe(self) -> dict[str, object]:
         devices = list(dict.fromkeys(place.device for place in self.places))

@@ -1,0 +1,221 @@
+"""The pool of a Ray cluster: one named actor holds policy, journal and account for every server that submits to it.
+
+It is restarted when it dies; its journal says what was open. A client is told what became of its jobs in batches, from
+the last that it has seen on, so that neither a lost message nor a restart hides an outcome or shows one twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..errors import SpecGenError
+from ..evaluation.base import Stage, Task
+from .accounting import exposition
+from .driver import Driver
+from .job import Order, PoolJob, outcome_text
+from .journal import Journal
+from .policy import Admission
+from .ray_backend import RayBackend, SupervisorOptions
+
+NAMESPACE = "specgen"
+HEAD = "specgen-pool"
+HOLD_S = 20.0
+"""How long a client's question for news is held open without any."""
+GONE_S = 60.0
+"""A client that has asked for nothing so long is taken for dead."""
+FORGET_S = 7 * 86_400.0
+
+
+class PoolError(SpecGenError):
+    """A shared pool that cannot be reached or started; nothing was changed."""
+
+
+class News(NamedTuple):
+    """stage: reached by a job.  outcome: its end, as the journal keeps it.  Exactly one of them is set."""
+
+    job: str
+    stage: Stage | None
+    outcome: str | None
+
+
+class _Client:
+    """What one client has still to be told. first: number of the first piece of news kept."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.news: list[News] = []
+        self.more = anyio.Event()
+        self.followed: set[str] = set()
+        self.asked = time.monotonic()
+
+    def add(self, news: News) -> None:
+        self.news.append(news)
+        self.more.set()
+        self.more = anyio.Event()
+
+
+class PoolHead:
+    """The actor. Searches are named as clients name them; a client puts its own name before."""
+
+    def __init__(self, journal: Path | None, options: SupervisorOptions) -> None:
+        self._journal, self._options = journal, options
+        self._driver: Driver | None = None
+        self._clients: dict[str, _Client] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        """Open the journal, take up what an earlier life left; returns who this life is. Raises JournalError."""
+        return self._pool().life
+
+    def _pool(self) -> Driver:
+        if self._driver is None:
+            journal = Journal(self._journal) if self._journal else None
+            if journal is not None:
+                journal.forget(FORGET_S)
+            driver = Driver(RayBackend(self._options), journal=journal, strict=True)
+            driver.resume(retry=True)
+            driver.start_soon()
+            self._driver = driver
+            self._spawn(self._let_go())
+        return self._driver
+
+    async def open_search(self, search: str, weight: float = 1.0) -> None:
+        known = self._pool().ledger.searches.get(search)
+        if known is None or known.ended:
+            self._pool().open_search(search, weight)
+
+    async def submit(self, client: str, job: str, order: Order) -> None:
+        """Raises ValueError as Driver.submit does. A job that is here already is followed, not submitted again."""
+        pool = self._pool()
+        if job not in pool.ledger.jobs and pool.ledger.journal.entry(job) is None:
+            deadline = None if order.deadline is None else time.monotonic() + order.deadline - time.time()
+            assert order.candidate is not None
+            pool.submit(
+                order.task, order.candidate, search=order.search, priority=order.priority, deadline=deadline,
+                stage=order.stage, fork=order.fork, could_end=order.could_end, job=job, options=order.options,
+            )  # fmt: skip
+        await self.follow(client, [job])
+
+    async def follow(self, client: str, jobs: list[str]) -> list[str]:
+        """Tell the client of these jobs from now on; returns those that nobody knows here."""
+        pool, one = self._pool(), self._clients.setdefault(client, _Client())
+        unknown = []
+        for name in jobs:
+            if name in one.followed:
+                continue
+            live, entry = pool.ledger.jobs.get(name), pool.ledger.journal.entry(name)
+            if live is not None:
+                self._spawn(self._follow(one, live))
+            elif entry is not None and entry.outcome is not None:
+                one.add(News(name, None, entry.outcome))
+            else:
+                unknown.append(name)
+                continue
+            one.followed.add(name)
+        return unknown
+
+    async def _follow(self, client: _Client, job: PoolJob) -> None:
+        async for stage in job.events():
+            client.add(News(job.id, stage, None))
+        client.add(News(job.id, None, outcome_text(await job.outcome())))
+
+    async def news(self, client: str, life: str, after: int) -> tuple[str, int, list[News]]:
+        """(this life, number of the first, news). life, after: which life the client knows, how much it had of it."""
+        own, one = self._pool().life, self._clients.setdefault(client, _Client())
+        one.asked = time.monotonic()
+        if life != own:
+            return own, 0, list(one.news)
+        del one.news[: max(0, after - one.first)]
+        one.first = max(one.first, after)
+        if not one.news:
+            with anyio.move_on_after(HOLD_S):
+                await one.more.wait()
+        one.asked = time.monotonic()
+        return own, one.first, list(one.news)
+
+    async def cancel(self, job: str) -> None:
+        live = self._pool().ledger.jobs.get(job)
+        if live is not None:
+            live.cancel()
+
+    async def cancel_search(self, search: str) -> int:
+        return self._pool().cancel_search(search)
+
+    async def leave(self, client: str) -> None:
+        """A client that closes in order: its jobs end, its news are dropped."""
+        pool = self._pool()
+        for search in [name for name in pool.ledger.searches if name.startswith(f"{client}/")]:
+            pool.cancel_search(search)
+        self._clients.pop(client, None)
+
+    async def _let_go(self) -> None:
+        """Clients that ask for nothing any more have died: nobody waits for their jobs."""
+        while True:
+            await anyio.sleep(HOLD_S)
+            for name, client in list(self._clients.items()):
+                if time.monotonic() - client.asked > GONE_S:
+                    await self.leave(name)
+
+    async def check_task(self, task: Task) -> str | None:
+        return await self._pool().check_task(task)
+
+    async def admission(self, wanted: int, remaining_s: float, compile_s: float, generate_s: float) -> Admission:
+        return self._pool().admission(wanted, remaining_s, compile_s=compile_s, generate_s=generate_s)
+
+    async def snapshot(self) -> dict[str, object]:
+        pool = self._pool()
+        units = {f"{node[:6]}/{unit}": one.pid for (node, unit), one in pool.backend.units.items()}  # type: ignore[attr-defined]
+        return {**pool.snapshot(), "clients": len(self._clients), "pid": os.getpid(), "supervisors": units}
+
+    async def metrics(self) -> bytes:
+        """Prometheus' text format."""
+        return exposition(self._pool().ledger.account, time.monotonic())
+
+    async def close(self) -> None:
+        if self._driver is not None:
+            await self._driver.close()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def start_head(journal: Path | None, options: SupervisorOptions) -> Any:
+    """The cluster's pool: the one that is there, or a new one on this node. Raises PoolError when it can't start."""
+    node = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node, soft=True)
+    head = (
+        ray.remote(PoolHead)
+        .options(
+            name=HEAD, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1,
+            max_task_retries=0, max_concurrency=256, scheduling_strategy=here,
+        )
+        .remote(journal, options)
+    )  # fmt: skip
+    try:
+        ray.get(head.start.remote(), timeout=60)
+    except RayError as error:
+        cause = error.cause if hasattr(error, "cause") else error
+        ray.kill(head, no_restart=True)
+        raise PoolError(f"the pool does not start: {cause}") from None
+    return head
+
+
+def find_head() -> Any:
+    """Raises PoolError when the cluster has no pool."""
+    try:
+        return ray.get_actor(HEAD, namespace=NAMESPACE)
+    except ValueError:
+        raise PoolError(
+            "the Ray cluster has no evaluator pool; start one there with: specgen evaluator --gpus LIST"
+        ) from None

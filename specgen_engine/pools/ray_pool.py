@@ -1,0 +1,272 @@
+"""A server's view of the pool on a Ray cluster; the contract is Pool in evaluation/base.py."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import anyio
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from ..evaluation.base import Candidate, Stage, Status, Task, Verdict
+from .base import STAGES, JobStage
+from .job import Order, outcome_value
+from .policy import Admission, Role
+from .ray_head import NAMESPACE, News, PoolError, find_head
+
+CONNECT_S = 5.0
+AGAIN_S = 0.5
+SNAPSHOT_S = 1.0
+REACH_S = 120.0
+"""How long a head that is lost may take to come back before what waits for it ends as a crash."""
+
+
+class RayJob:
+    """See Job."""
+
+    def __init__(self, pool: RayPool, name: str, order: Order) -> None:
+        self.pool, self.id, self.order = pool, name, order
+        self.seen: list[Stage] = []
+        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.sent = anyio.Event()  # or refused: then it has its result
+        self.changed = anyio.Event()
+
+    async def events(self) -> AsyncIterator[Stage]:
+        index = 0
+        while True:
+            while index < len(self.seen):
+                yield self.seen[index]
+                index += 1
+            if self.result.done():
+                return
+            await self.changed.wait()
+
+    async def verdict(self) -> Verdict:
+        return await asyncio.shield(self.result)
+
+    async def outcome(self) -> Any:
+        return await asyncio.shield(self.result)
+
+    def cancel(self) -> None:
+        self.pool.cancel(self)
+
+    def hear(self, news: News) -> None:
+        """What was told before, by a head that has died since, is not told again."""
+        if news.outcome is not None:
+            self.finish(outcome_value(news.outcome))
+        elif news.stage is not None and not self.result.done():
+            self.seen.append(news.stage)
+            self._wake()
+
+    def finish(self, value: Any) -> None:
+        if not self.result.done():
+            self.result.set_result(value)
+        self.pool.open_jobs.pop(self.id, None)
+        self._wake()
+
+    def failed(self, status: Status, reason: str) -> Verdict:
+        return Verdict(self.order.candidate.hash if self.order.candidate else "", status, reason, device="ray")
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+
+class RayPool:
+    """See Pool. address: HOST:PORT of the cluster, as `specgen evaluator` prints it; None: Ray is connected already.
+
+    Raises PoolError when nothing answers at the address (at once, nothing is started).
+    """
+
+    def __init__(self, address: str | None) -> None:
+        if address is not None:
+            require_answer(address, "the pool's address")
+        self.address = address
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.closing = False
+        self.open_jobs: dict[str, RayJob] = {}
+        self._numbers = itertools.count(1)
+        self._head: Any = None
+        self._starting = anyio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._snapshot: dict[str, object] = {"device": "ray", "workers": 0, "ready": 0, "queued": 0, "busy": 0}
+
+    async def start(self) -> None:
+        """Connect, and wait until the head answers. Raises PoolError when the cluster has no pool."""
+        async with self._starting:
+            if self._head is not None:
+                return
+            await anyio.to_thread.run_sync(self._connect)
+            self._snapshot = await self._call("snapshot")
+            for work in (self._listen(), self._look()):
+                self._spawn(work)
+
+    def _connect(self) -> None:
+        if not ray.is_initialized():
+            try:
+                ray.init(address=self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+                raise PoolError(f"the pool's address {self.address}: no Ray cluster there: {error}") from None
+        self._head = find_head()
+
+    async def check_task(self, task: Task) -> str | None:
+        await self.start()
+        fault: str | None = await self._call("check_task", task)
+        return fault
+
+    def submit(
+        self,
+        task: Task,
+        candidate: Candidate,
+        *,
+        search: str,
+        priority: float = 0.0,
+        deadline: float | None = None,
+        stage: JobStage | str = JobStage.EVALUATE,
+        fork: int = 0,
+        could_end: bool | None = None,
+        options: Mapping[str, object] | None = None,
+        job: str | None = None,
+    ) -> RayJob:
+        """As Driver.submit. What the head refuses ends the job with a verdict that says so."""
+        if self.closing:
+            raise ValueError("the pool is closed")
+        if deadline is not None and deadline <= time.monotonic():
+            raise ValueError(f"deadline={deadline}: it has passed; give a later time.monotonic() value or none")
+        stage = JobStage(stage)
+        if could_end is None:
+            could_end = priority > 0 or STAGES[stage].role is Role.PROFILE
+        wall = None if deadline is None else time.time() + deadline - time.monotonic()
+        order = Order(stage, task, candidate, f"{self.name}/{search}", priority, wall, fork, could_end, options)
+        handle = RayJob(self, job or f"{self.name}/{next(self._numbers)}", order)
+        self.open_jobs[handle.id] = handle
+        self._spawn(self._send(handle))
+        return handle
+
+    async def _send(self, job: RayJob) -> None:
+        try:
+            await self.start()
+            await self._call("open_search", job.order.search)
+            await self._call("submit", self.name, job.id, job.order)
+        except (PoolError, ValueError, RayError) as error:
+            cause = getattr(error, "cause", None) or error
+            job.finish(job.failed(Status.CRASH, f"the pool did not take it: {cause}"))
+        finally:
+            job.sent.set()
+
+    def cancel(self, job: RayJob) -> None:
+        if not job.result.done():
+            self._spawn(self._cancel(job))
+
+    async def _cancel(self, job: RayJob) -> None:
+        await job.sent.wait()
+        await self._call("cancel", job.id)
+
+    def cancel_search(self, search: str) -> int:
+        """Jobs of it that have no outcome here yet; they end as cancelled once the head has heard of it."""
+        jobs = [job for job in self.open_jobs.values() if job.order.search == f"{self.name}/{search}"]
+        self._spawn(self._cancel_search(jobs, f"{self.name}/{search}"))
+        return len(jobs)
+
+    async def _cancel_search(self, jobs: list[RayJob], search: str) -> None:
+        for job in jobs:
+            await job.sent.wait()
+        await self._call("cancel_search", search)
+
+    async def admission(
+        self, wanted: int, remaining_s: float, *, compile_s: float = 0.0, generate_s: float = 0.0
+    ) -> Admission:
+        await self.start()
+        answer: Admission = await self._call("admission", wanted, remaining_s, compile_s, generate_s)
+        return answer
+
+    def snapshot(self) -> dict[str, object]:
+        """The head's, at most SNAPSHOT_S old."""
+        return self._snapshot
+
+    async def close(self) -> None:
+        """Cancel this server's jobs; the pool and its other servers go on."""
+        if self.closing:
+            return
+        self.closing = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in list(self.open_jobs.values()):
+            job.finish(job.failed(Status.CANCELLED, "the pool was closed"))
+        if self._head is not None:
+            try:
+                with anyio.move_on_after(CONNECT_S):
+                    await self._head.leave.remote(self.name)
+            except RayError:
+                pass
+
+    # -- the head, which may die and come back -----------------------------------------------------------------------
+
+    async def _call(self, what: str, *arguments: object) -> Any:
+        """Ask again while the head is being restarted; all that is asked may be asked twice."""
+        stop = time.monotonic() + REACH_S
+        while True:
+            try:
+                return await getattr(self._head, what).remote(*arguments)
+            except RayActorError as error:
+                if time.monotonic() > stop:
+                    raise PoolError(f"the pool's head is gone: {error}") from None
+                await anyio.sleep(AGAIN_S)
+
+    async def _listen(self) -> None:
+        life, had = "", 0
+        while not self.closing:
+            try:
+                said, first, news = await self._call("news", self.name, life, had)
+            except (PoolError, RayError) as error:
+                for job in list(self.open_jobs.values()):
+                    job.finish(job.failed(Status.CRASH, str(error)))
+                return
+            if said != life:  # its first life, or a new one that knows nobody
+                life, first_time, had = said, not life, 0
+                if not first_time:
+                    await self._again()
+                    continue
+            for number, one in enumerate(news, first):
+                if number >= had and one.job in self.open_jobs:
+                    self.open_jobs[one.job].hear(one)
+            had = max(had, first + len(news))
+
+    async def _again(self) -> None:
+        """After a restart of the head: ask for the outcomes of what is open, submit what it never heard of."""
+        sent = [name for name, job in self.open_jobs.items() if job.sent.is_set()]
+        for name in await self._call("follow", self.name, sent):
+            if name in self.open_jobs:
+                self._spawn(self._send(self.open_jobs[name]))
+
+    async def _look(self) -> None:
+        while not self.closing:
+            self._snapshot = await self._call("snapshot")
+            await anyio.sleep(SNAPSHOT_S)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def require_answer(address: str, field: str) -> None:
+    """Raises PoolError naming field and address unless something listens at HOST:PORT."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise PoolError(f"{field} {address}: use HOST:PORT, as the first `specgen evaluator` prints it")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise PoolError(
+            f"{field} {address}: nothing answers there ({error.strerror or error}); see that the first "
+            "`specgen evaluator` runs and that its address is spelt as it printed it"
+        ) from None
