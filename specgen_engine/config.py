@@ -6,11 +6,12 @@ Absent means default; present but wrong is an error naming the key, its line and
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
@@ -20,6 +21,7 @@ from specgen_engine.controller.termination import parse_termination
 from specgen_engine.controller.thinking import style_of
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.errors import ConfigError
+from specgen_engine.replay.trace import load_traces
 
 
 def _trigger_spec(spec: str) -> str:
@@ -38,9 +40,9 @@ def _thinking_spec(spec: str) -> str:
     return spec
 
 
-ThinkingSpec = Annotated[str, AfterValidator(_thinking_spec)]
-TriggerSpec = Annotated[str, AfterValidator(_trigger_spec)]
-TerminationSpec = Annotated[str, AfterValidator(_termination_spec)]
+ThinkingSpec = Annotated[str, Field(max_length=500), AfterValidator(_thinking_spec)]
+TriggerSpec = Annotated[str, Field(max_length=500), AfterValidator(_trigger_spec)]
+TerminationSpec = Annotated[str, Field(max_length=500), AfterValidator(_termination_spec)]
 
 
 class Section(BaseModel):
@@ -77,6 +79,7 @@ class EvaluationConfig(Section):
     compile_s: float = Field(default=180, gt=0, description="seconds a candidate may take to compile")
     check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")
     time_s: float = Field(default=30, gt=0, description="seconds the timing may take")
+    task_s: float = Field(default=60, gt=0, description="seconds the task's reference may take for one set of inputs")
     memory_gb: float = Field(default=8, gt=0, description="memory a candidate's process may take, in GiB")
     cache: Path | None = Field(
         default=None, description="folder of compiled candidates (default: SPECGEN_CACHE/builds)"
@@ -137,6 +140,9 @@ class SpecGenConfig(Section):
     kv: KvConfig = Field(default_factory=KvConfig)
     replay: tuple[Path, ...] = Field(default=(), description="trace folders; recorded ids replace sampled ones")
     history: int = Field(default=256, ge=1, description="finished searches kept for GET /specgen/searches")
+    allow_untrusted: bool = Field(
+        default=False, description="take tasks from prompts even where anyone can reach the server without an API key"
+    )
 
 
 def leaves(
@@ -168,6 +174,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for path, info in leaves():
         many = get_origin(info.annotation) is tuple
         default = info.get_default(call_default_factory=True)
+        if info.annotation is bool:
+            group.add_argument(
+                flag_of(path), dest="specgen__" + "__".join(path), default=argparse.SUPPRESS, action="store_true",
+                help=f"{info.description} (default: {default!r})",
+            )  # fmt: skip
+            continue
         group.add_argument(
             flag_of(path),
             dest="specgen__" + "__".join(path),
@@ -185,16 +197,39 @@ def from_arguments(args: argparse.Namespace) -> SpecGenConfig:
     """
     file: Path | None = getattr(args, "specgen_config", None)
     tree, text = _read(file) if file else ({}, "")
-    from_flags = {}
+    _check_types(tree, file, text)
+    from_flags: dict[tuple[str, ...], Any] = {}
     for path, _info in leaves():
         dest = "specgen__" + "__".join(path)
         if hasattr(args, dest):
             from_flags[path] = getattr(args, dest)
             _put(tree, path, getattr(args, dest), file)
     try:
-        return SpecGenConfig.model_validate(tree)
+        settings = SpecGenConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, file, text, from_flags)) from None
+    _check_folders(settings, lambda path: _where(path, file, text, from_flags))
+    return settings
+
+
+def _check_types(tree: dict[str, Any], file: Path | None, text: str) -> None:
+    """TOML has types, so a number in quotes is an error there; a flag is text and is converted."""
+    try:
+        SpecGenConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file, text, {})) from None
+
+
+def _check_folders(settings: SpecGenConfig, where: Callable[[tuple[str, ...]], str]) -> None:
+    """What the server would trip over once its engine is up: traces that are not whole, roots that are not there."""
+    try:
+        if settings.replay:
+            load_traces(settings.replay)
+    except ValueError as error:
+        raise ConfigError(f"{where(('replay',))}: {error}") from None
+    for root in settings.tasks.roots:
+        if not root.is_dir():
+            raise ConfigError(f"{where(('tasks', 'roots'))}: {root} is no folder; name one that exists")
 
 
 def _read(file: Path) -> tuple[dict[str, Any], str]:
@@ -222,10 +257,14 @@ def _explain(error: ValidationError, file: Path | None, text: str, flags: dict[t
     lines = []
     for item in error.errors():
         path = tuple(str(part) for part in item["loc"])
-        known = next((flag for flag in flags if path[: len(flag)] == flag), None)
-        where = flag_of(known) if known else f"--specgen-config {file}:{_line_of(text, path)}: {'.'.join(path)}"
-        lines.append(f"{where}: {item['msg']} (got {item['input']!r})")
+        lines.append(f"{_where(path, file, text, flags)}: {item['msg']} (got {item['input']!r:.200})")
     return "; ".join(lines)
+
+
+def _where(path: tuple[str, ...], file: Path | None, text: str, flags: dict[tuple[str, ...], Any]) -> str:
+    """The flag that set a key, else file, line and key."""
+    known = next((flag for flag in flags if path[: len(flag)] == flag), None)
+    return flag_of(known) if known else f"--specgen-config {file}:{_line_of(text, path)}: {'.'.join(path)}"
 
 
 def _line_of(text: str, path: tuple[str, ...]) -> int:

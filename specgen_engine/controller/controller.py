@@ -15,9 +15,12 @@ from specgen_engine.controller.report import SearchRecord
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.session import Session
 from specgen_engine.controller.thinking import prompt_opens_thinking, style_of
+from specgen_engine.controller.trust import prompt_tasks_refused
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Pool
+from specgen_engine.observability.feed import Feed
 from specgen_engine.observability.metrics import Metrics
+from specgen_engine.observability.spans import span_book_of
 from specgen_engine.protocol import ForkPointDone, TriggerFired
 from specgen_engine.replay.book import ReplayBook
 
@@ -46,7 +49,10 @@ class Budget:
 class Controller:
     """One a TokenizerManager. `manager` is SGLang's; `make_pool` builds the evaluation pool at first use."""
 
-    def __init__(self, manager: Any, settings: SpecGenConfig, make_pool: Callable[[SpecGenConfig, Any], Pool]) -> None:
+    def __init__(
+        self, manager: Any, settings: SpecGenConfig, make_pool: Callable[[SpecGenConfig, Any], Pool],
+        metrics: Metrics | None = None,
+    ) -> None:  # fmt: skip
         self.manager, self.settings = manager, settings
         server = manager.server_args
         template = getattr(manager.tokenizer, "chat_template", None)
@@ -55,7 +61,13 @@ class Controller:
         self.budget = Budget(settings.fork.total)
         self.sessions: dict[str, Session] = {}
         self.history: OrderedDict[str, SearchRecord] = OrderedDict()
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
+        self.feed = Feed()
+        self._spans = span_book_of(manager)
+        self.prompt_tasks_refused = prompt_tasks_refused(settings, server)
+        self.reads_prompts = settings.tasks.source == "prompt" and not self.prompt_tasks_refused
+        if settings.tasks.source == "prompt" and self.prompt_tasks_refused:
+            logger.warning("specgen: --specgen-tasks prompt is not in force: %s", self.prompt_tasks_refused)
         self.book = ReplayBook.load(settings.replay, manager.tokenizer, self.style) if settings.replay else None
         self._make_pool = make_pool
         self._pool: Pool | None = None
@@ -107,7 +119,7 @@ class Controller:
         except ValueError as error:
             raise RequestError("iteration", str(error)) from None
         engine = SGLangEngine(self.manager, generate, obj, request)
-        session = Session(obj.rid, plan, options, engine, pool, self.budget, script)
+        session = Session(obj.rid, plan, options, engine, pool, self.budget, script, self._publish)
         self._open(session)
         try:
             async for output in session.outputs():
@@ -124,6 +136,13 @@ class Controller:
             shaped["text"], shaped["output_ids"] = output.text[sent.text :], output.ids[sent.ids :]
         session.sent = session.sent._replace(text=len(output.text), ids=len(output.ids))
         return shaped
+
+    def _publish(self, kind: str, data: dict[str, Any]) -> None:
+        self.feed.publish(kind, data)
+        if self._spans is not None:
+            self._spans.on_event(kind, data)
+        if kind in ("candidate", "stage") and self._pool is not None:
+            self.metrics.observe_pool(self._pool.snapshot())
 
     def _open(self, session: Session) -> None:
         self.sessions[session.rid] = session

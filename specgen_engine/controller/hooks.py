@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.controller import Controller
-from specgen_engine.controller.http import router_of
+from specgen_engine.controller.http import add_routes
 from specgen_engine.controller.request import Plan, parse_options, plan_search, take_out
 from specgen_engine.errors import RequestError
 from specgen_engine.protocol import ForkPointDone, TriggerFired, is_fork, register_messages
@@ -39,7 +39,7 @@ def attach(_result: None, manager: Any) -> None:
     controller = manager.specgen = Controller(manager, manager.server_args.__dict__["specgen"], make_pool)
     handlers: dict[type, Any] = {TriggerFired: controller.on_trigger, ForkPointDone: controller.on_point}
     manager._result_dispatcher._mapping.update(handlers)
-    app.include_router(router_of(controller))
+    add_routes(app, controller)
 
 
 def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
@@ -51,6 +51,7 @@ def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
         compile_s=wanted.compile_s,
         check_s=wanted.check_s,
         time_s=wanted.time_s,
+        task_s=wanted.task_s,
         memory_bytes=int(wanted.memory_gb * (1 << 30)),
         sandbox={"auto": "prefer"}.get(wanted.sandbox, wanted.sandbox),
     )
@@ -92,7 +93,7 @@ def generate_request(
     if not isinstance(obj, GenerateReqInput) or (isinstance(obj.rid, str) and is_fork(obj.rid)):
         return original(manager, obj, request)
     value, named_in_batch = _take_out(obj)
-    if value is None and not named_in_batch and manager.specgen.settings.tasks.source == "explicit":
+    if value is None and not named_in_batch and not manager.specgen.reads_prompts:
         return original(manager, obj, request)
     return _maybe_search(original, manager, obj, request, value, named_in_batch)
 
@@ -117,7 +118,7 @@ async def _maybe_search(
         if reason and options is not None:
             raise RequestError("", f"not with {reason}")
         if not reason:
-            plan = plan_search(options, obj.specgen_chat.prompt, controller.settings)
+            plan = plan_search(options, obj.specgen_chat.prompt, controller.settings, controller.prompt_tasks_refused)
     if plan is None:
         async for out in original(manager, obj, request):
             yield out

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from specgen_engine.config import SpecGenConfig, TerminationSpec, TriggerSpec
 from specgen_engine.controller.tasks_in_prompt import find_task
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Task
 
+TASK_CHARS = 1 << 20
+
+
+def _encodable(text: str) -> str:
+    """Half a surrogate pair is no text: it would break hashing, tokenisation and every answer that repeats it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid Unicode at character {error.start}; send UTF-8 text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
 
 class ForkOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    nudge: str | None = None
+    nudge: Text | None = Field(default=None, max_length=10_000)
     temperature: float | None = Field(default=None, ge=0, le=2)
     max_tokens: int | None = Field(default=None, ge=1)
 
@@ -32,8 +48,8 @@ class RequestOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: str | None = None
-    name: str | None = Field(default=None, max_length=200)
+    task: Text | None = Field(default=None, max_length=TASK_CHARS)
+    name: Text | None = Field(default=None, max_length=200)
     trigger: TriggerSpec | None = None
     termination: TerminationSpec | None = None
     fork: ForkOptions = ForkOptions()
@@ -73,8 +89,8 @@ def parse_options(value: Any) -> RequestOptions | bool | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
-            raise RequestError("", f"not JSON ({error}); send an object, its JSON string, or false") from None
+        except (ValueError, RecursionError) as error:
+            raise RequestError("", f"not JSON ({error!s:.200}); send an object, its JSON string, or false") from None
         if value is None or isinstance(value, bool):
             return parse_options(value)
     if not isinstance(value, dict):
@@ -84,23 +100,31 @@ def parse_options(value: Any) -> RequestOptions | bool | None:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise RequestError(field, f"{first['msg']} (got {first['input']!r:.80})") from None
+        raise RequestError(
+            f"{field:.100}".encode("utf-8", "backslashreplace").decode(), f"{first['msg']} (got {first['input']!r:.80})"
+        ) from None
 
 
-def plan_search(options: RequestOptions | None, prompt: str, config: SpecGenConfig) -> Plan | None:
+def plan_search(
+    options: RequestOptions | None, prompt: str, config: SpecGenConfig, prompt_refused: str = ""
+) -> Plan | None:
     """The search that a request asks for; None when it names none and its prompt holds no task we may take.
 
-    Raises RequestError when the request named specgen and no task can be had.
+    prompt_refused: why none may be taken from a prompt (``trust``). Raises RequestError when the request named specgen
+    and no task can be had.
     """
     source = _task_source(options, config) if options is not None and options.task is not None else None
-    if source is None and (options is not None or config.tasks.source == "prompt"):
+    if source is None and not prompt_refused and (options is not None or config.tasks.source == "prompt"):
         source = find_task(prompt)
     if source is None:
-        if options is not None:
-            raise RequestError(
-                "task", "missing, and no fenced module in the prompt defines Model, get_inputs and get_init_inputs"
-            )
-        return None
+        if options is None:
+            return None
+        raise RequestError(
+            "task",
+            f"missing, and {prompt_refused}"
+            if prompt_refused
+            else "missing, and no fenced module in the prompt defines Model, get_inputs and get_init_inputs",
+        )
     asked = options or RequestOptions()
     fork = asked.fork
     return Plan(
@@ -121,14 +145,29 @@ def _task_source(options: RequestOptions, config: SpecGenConfig) -> str:
         return text
     if not config.tasks.roots:
         raise RequestError(
-            "task", f"{text!r} looks like a path, and the server allows none (--specgen-tasks-roots); send the source"
+            "task",
+            f"{text!r:.200} looks like a path, and the server allows none (--specgen-tasks-roots); send the source",
         )
-    path = Path(text).resolve()
-    if not any(path.is_relative_to(root.resolve()) for root in config.tasks.roots):
-        raise RequestError("task", f"{text!r} is outside the folders that the server allows; send the source instead")
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(text).resolve()
+        if not any(path.is_relative_to(root.resolve()) for root in config.tasks.roots):
+            raise RequestError(
+                "task", f"{text!r:.200} is outside the folders that the server allows; send the source instead"
+            )
+        return _read_task(path)
+    except RequestError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(
-            "task", f"{text!r} cannot be read ({error.__class__.__name__}); send the source instead"
+            "task", f"{text!r:.200} cannot be read ({error.__class__.__name__}); send the source instead"
         ) from None
+
+
+def _read_task(path: Path) -> str:
+    """Text of a plain file of at most TASK_CHARS bytes; never waits, as opening a pipe would."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > TASK_CHARS:
+            raise OSError("no plain file of at most 1 MiB")
+        return file.read(TASK_CHARS).decode()

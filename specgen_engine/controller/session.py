@@ -33,6 +33,7 @@ from specgen_engine.controller.events import (
     VerdictIn,
 )
 from specgen_engine.controller.graft import graft
+from specgen_engine.controller.notes import Notes, Publish, ignore
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.termination import Decision
@@ -60,7 +61,7 @@ class Session:
 
     def __init__(
         self, rid: str, plan: Plan, options: SessionOptions, engine: Engine, pool: Pool, budget: ForkBudget,
-        script: Script | None = None,
+        script: Script | None = None, publish: Publish = ignore,
     ) -> None:  # fmt: skip
         self.rid, self.plan, self.options = rid, plan, options
         self.engine, self.pool, self.budget, self.script = engine, pool, budget, script
@@ -89,6 +90,7 @@ class Session:
         self._fork_at: set[int] = set()
         self._fork_text: dict[str, Output] = {}
         self._competition = Competition(plan.task, plan.termination, pool, self.record, self._now)
+        self._notes = Notes(self.record, publish, self._now)
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
         self._grace: asyncio.TimerHandle | None = None
@@ -117,6 +119,14 @@ class Session:
         length = len(self.options.prompt_ids) + len(self._base.ids)
         self.engine.send(ForkPoint(rid=self.rid, length=length))
         return length
+
+    def seconds(self) -> float:
+        """Since the search began."""
+        return self._now()
+
+    def output_tokens(self) -> int:
+        """Of the base so far."""
+        return len(self._base.ids)
 
     def close(self) -> asyncio.Task[None] | None:
         """The client is gone or has its answer: cancel what still runs. Returns the task that cleans up, if any."""
@@ -168,6 +178,8 @@ class Session:
                 )
             )
         self.state = State.REASONING
+        self.record.state = self.state.value
+        self._notes.started()
         self._spawn(self._check_task())
         self._spawn(self._pump_base())
 
@@ -228,6 +240,7 @@ class Session:
     def _on_base(self, output: Output) -> None:
         self._base = output
         self._advance_phase()
+        self._notes.progress(len(output.ids), output.text, self.state.value)
         finish = output.finish
         if finish is not None:
             self._base_done = True
@@ -335,6 +348,7 @@ class Session:
         self._forks[rid] = record
         self.record.forks.append(record)
         self.record.ids.add_fork(ids)
+        self._notes.fork(record)
         recorded = self._script_fork(rid, message.reasoning_tokens, len(ids))
         self._spawn(self._run_fork(rid, ids, record, recorded))
 
@@ -364,20 +378,28 @@ class Session:
         self._events.put_nowait(ForkDone(record, output, error))
 
     def _on_fork(self, record: ForkRecord, output: Output | None, error: str) -> None:
+        source = self._finish_fork(record, output, error)
+        self._notes.fork(record)
+        if output is None or source is None:
+            return
+        self._submit(source, "fork", record, output.meta.get("specgen_recorded"))
+
+    def _finish_fork(self, record: ForkRecord, output: Output | None, error: str) -> str | None:
+        """Write what became of a fork into its record; returns the candidate it wrote, if any."""
         record.finished_s = self._now()
         if output is None:
             record.state = f"failed: {error}" if error else "failed"
-            return
+            return None
         record.prefix_computed = record.input_tokens - record.prefix_reused
         self.record.ids.fork_outputs[record.n] = array("i", output.ids)
         finish = output.finish or {}
         record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
         source = extract_candidate(output.text)
         if source is None or record.state == "aborted":
-            return
+            return None
         record.candidate = Candidate(source).hash
         self._fork_text.setdefault(record.candidate, output)
-        self._submit(source, "fork", record, output.meta.get("specgen_recorded"))
+        return source
 
     def _end_competition(self) -> None:
         """What was streamed cannot be replaced: forks and their evaluations are of no use any more."""
@@ -395,14 +417,22 @@ class Session:
         if self.state is State.ENDED or self.record.warning:
             return
         record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded)
+        self._notes.candidate(record)
         if job is not None:
             self._spawn(self._await_verdict(record, job))
+            self._spawn(self._follow_stages(record, job))
 
     async def _await_verdict(self, record: CandidateRecord, job: Job) -> None:
         self._events.put_nowait(VerdictIn(record, await job.verdict()))
 
+    async def _follow_stages(self, record: CandidateRecord, job: Job) -> None:
+        async for stage in job.events():
+            if record.status is None:
+                self._notes.stage(record.hash, stage)
+
     def _on_verdict(self, record: CandidateRecord, verdict: Verdict) -> None:
         self._competition.judge(record, verdict)
+        self._notes.candidate(record)
         if self.state is State.COMPETING:
             self._conclude_when_idle()
         else:
@@ -451,6 +481,7 @@ class Session:
             if fork.state == "running":
                 fork.state = "cancelled"
         self._competition.close()
+        self._notes.ended()
 
     def _count_tokens(self) -> None:
         """Reasoning and answer tokens of the base itself, by re-encoding the answer's text alone."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from specgen_engine.controller.report import SearchRecord
 
@@ -12,21 +14,40 @@ SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
 class Metrics:
     """Created in the server process after SGLang has set up prometheus' multiprocess folder."""
 
-    def __init__(self) -> None:
-        self.searches_running = Gauge("specgen_searches_running", "Searches in progress.", multiprocess_mode="livesum")
-        self.searches = Counter("specgen_searches", "Searches by what ended them.", ["ended_by"])
-        self.forks = Counter("specgen_forks", "Forks by final state.", ["state"])
-        self.candidates = Counter("specgen_candidates", "Distinct candidates by status.", ["status"])
-        self.tokens = Counter("specgen_tokens", "Tokens by kind.", ["kind"])
-        self.prefix_tokens = Counter("specgen_fork_prefix_tokens", "Fork input tokens, reused or computed.", ["how"])
-        self.verdict_s = Histogram("specgen_verdict_seconds", "Submission to verdict.", buckets=SECONDS)
-        self.search_s = Histogram("specgen_search_seconds", "Whole searches.", buckets=SECONDS)
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        into: dict[str, Any] = {"registry": registry}
+        alive: dict[str, Any] = {**into, "multiprocess_mode": "livesum"}
+        timed: dict[str, Any] = {**into, "buckets": SECONDS}
+        self.searches_running = Gauge("specgen_searches_running", "Searches in progress.", **alive)
+        self.searches = Counter("specgen_searches", "Searches by what ended them.", ["ended_by"], **into)
+        self.accepted = Counter("specgen_accepted", "Accepted candidates by who wrote them.", ["source"], **into)
+        self.forks = Counter("specgen_forks", "Forks by final state.", ["state"], **into)
+        self.forks_skipped = Counter("specgen_forks_skipped", "Triggers without a fork: all were in flight.", **into)
+        self.candidates = Counter("specgen_candidates", "Distinct candidates by status.", ["status"], **into)
+        self.tokens = Counter("specgen_tokens", "Tokens by kind.", ["kind"], **into)
+        self.prefix_tokens = Counter(
+            "specgen_fork_prefix_tokens", "Fork input tokens, reused or computed.", ["how"], **into
+        )
+        self.evaluators = Gauge("specgen_evaluators", "Evaluation workers by state.", ["state"], **alive)
+        self.queued = Gauge("specgen_evaluations_queued", "Candidates that wait for a worker.", **alive)
+        self.verdict_s = Histogram("specgen_verdict_seconds", "Submission to verdict.", **timed)
+        self.stage_s = Histogram("specgen_stage_seconds", "Stages of evaluations.", ["stage"], **timed)
+        self.search_s = Histogram("specgen_search_seconds", "Whole searches.", **timed)
+
+    def observe_pool(self, pool: dict[str, Any]) -> None:
+        """Workers and queue as Pool.snapshot() tells them."""
+        self.evaluators.labels("busy").set(pool.get("busy", 0))
+        self.evaluators.labels("ready").set(pool.get("ready", 0))
+        self.queued.set(pool.get("queued", 0))
 
     def observe(self, record: SearchRecord, running: int) -> None:
         """Count a search that has ended."""
         self.searches_running.set(running)
         self.searches.labels(record.ended_by or "error").inc()
         self.search_s.observe(record.wall_s or 0.0)
+        self.forks_skipped.inc(record.forks_skipped)
+        if record.accepted is not None:
+            self.accepted.labels(record.accepted["source"]).inc()
         for kind, count in (
             ("reasoning", record.reasoning_tokens),
             ("answer", record.answer_tokens),
@@ -41,3 +62,5 @@ class Metrics:
             self.candidates.labels(str(candidate.status)).inc()
             if candidate.verdict_s is not None:
                 self.verdict_s.observe(candidate.verdict_s - candidate.submitted_s)
+            for stage, seconds in candidate.stages.items():
+                self.stage_s.labels(stage).observe(seconds)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
-from specgen_engine.controller.controller import Budget
+from prometheus_client import CollectorRegistry
+
+from specgen_engine.config import SpecGenConfig
+from specgen_engine.controller.controller import Budget, Controller
 from specgen_engine.controller.engine import Output
 from specgen_engine.controller.events import SessionOptions
+from specgen_engine.controller.notes import ignore
+from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.session import Session
 from specgen_engine.controller.thinking import STYLES
-from specgen_engine.evaluation.base import Candidate, Status, Task, Verdict
+from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
+from specgen_engine.observability.metrics import Metrics
 from specgen_engine.protocol import TriggerFired
 
 TASK = Task("class Model: pass\n", "toy")
@@ -88,6 +95,10 @@ class FakeJob:
         self.id, self.search, self.candidate = candidate.hash, search, candidate
         self.result: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
 
+    async def events(self) -> AsyncIterator[Stage]:
+        for stage in (Stage.QUEUED, Stage.COMPILE):
+            yield stage
+
     async def verdict(self) -> Verdict:
         return await self.result
 
@@ -140,7 +151,8 @@ class Rig:
             style=STYLES["qwen3"], opened=True, streaming=streaming, per_search=options.pop("per_search", 2),
             grace_s=options.pop("grace_s", 5), page_size=1, prompt_ids=PROMPT,
         )  # fmt: skip
-        self.session = Session("base", plan, settings, self.engine, self.pool, self.budget)  # type: ignore[arg-type]
+        publish = options.pop("publish", ignore)
+        self.session = Session("base", plan, settings, self.engine, self.pool, self.budget, None, publish)  # type: ignore[arg-type]
         self.got: list[Output] = []
         self.client = asyncio.create_task(self._read())
 
@@ -170,3 +182,53 @@ class Rig:
             task = self.session.close()
             if task is not None:
                 await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 5)
+
+
+def fake_manager(**server: Any) -> Any:
+    """What a Controller reads of SGLang's TokenizerManager."""
+    arguments = {"reasoning_parser": "qwen3", "host": "127.0.0.1", "api_key": None, "enable_trace": False}
+    return SimpleNamespace(
+        server_args=SimpleNamespace(**{**arguments, "page_size": 1, **server}),
+        tokenizer=SimpleNamespace(chat_template=None),
+        rid_to_state={},
+    )
+
+
+class IdlePool(FakePool):
+    """A pool that the HTTP routes only look at."""
+
+    async def start(self) -> None:
+        pass
+
+    def snapshot(self) -> dict[str, object]:
+        return {"device": "cpu", "workers": 1, "ready": 1, "busy": 0, "queued": 0, "finished": {}, "sandbox": ""}
+
+
+def fake_controller(settings: SpecGenConfig | None = None, **server: Any) -> Controller:
+    """A Controller on a fake manager and pool, with metrics of its own."""
+    metrics = Metrics(CollectorRegistry())
+    return Controller(fake_manager(**server), settings or SpecGenConfig(), lambda *_: IdlePool(), metrics)  # type: ignore[arg-type,return-value]
+
+
+def ended_record(name: str = "a") -> SearchRecord:
+    """A whole record: one fork, one correct candidate that was accepted."""
+    record = SearchRecord(
+        id=name, task="toy", task_hash="0" * 16, trigger="every:10", termination="correct", created=1.0, named=True,
+        state="ended", ended_by="criterion", reason="correct", wall_s=3.0, reasoning_s=3.0, reasoning_tokens=30,
+    )  # fmt: skip
+    record.forks.append(ForkRecord(1, "every:10", 10, 3, 14, 1.0, finished_s=2.0, candidate="c" * 16, state="stop"))
+    record.candidates.append(
+        CandidateRecord(
+            "c" * 16,
+            "fork",
+            2.0,
+            forks=[1],
+            status=Status.CORRECT,
+            speedup=2.0,
+            interval=(1.9, 2.1),
+            verdict_s=3.0,
+            stages={"queued": 0.1, "compile": 0.2, "check": 0.3, "time": 0.4},
+        )
+    )
+    record.accepted = record.best = summary_of(record.candidates[0])
+    return record

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.request import RequestOptions, parse_options, plan_search, take_out
+from specgen_engine.controller.trust import prompt_tasks_refused
 from specgen_engine.errors import RequestError
 
 TASK = "class Model: ...\ndef get_inputs(): return []\ndef get_init_inputs(): return []\n"
@@ -94,3 +97,51 @@ def test_a_task_path_must_be_under_an_allowed_root(tmp_path: Path) -> None:
             plan_search(RequestOptions(task=str(path)), "", allowed)
     with pytest.raises(RequestError, match="the server allows none"):
         plan_search(RequestOptions(task="/etc/passwd"), "", SpecGenConfig())
+
+
+def test_a_link_out_of_a_root_a_pipe_and_a_huge_file_are_refused(tmp_path: Path) -> None:
+    root = tmp_path / "tasks"
+    root.mkdir()
+    (tmp_path / "secret.py").write_text(TASK)
+    (root / "link.py").symlink_to(tmp_path / "secret.py")
+    os.mkfifo(root / "pipe.py")
+    (root / "huge.py").write_bytes(b" " * ((1 << 20) + 1))
+    (root / "bytes.py").write_bytes(b"\xff\xfe")
+    allowed = SpecGenConfig.model_validate({"tasks": {"roots": [str(root)]}})
+    for name, says in (
+        ("link.py", "outside the folders"),
+        ("pipe.py", "cannot be read"),
+        ("huge.py", "cannot be read"),
+        ("bytes.py", "cannot be read"),
+        ("none.py", "cannot be read"),
+        (".", "cannot be read"),
+    ):
+        with pytest.raises(RequestError, match=rf"specgen\.task: .*{says}"):
+            plan_search(RequestOptions(task=str(root / name)), "", allowed)
+
+
+def test_a_server_that_anyone_reaches_takes_no_task_from_a_prompt() -> None:
+    config = SpecGenConfig.model_validate({"tasks": {"source": "prompt"}})
+    open_server = SimpleNamespace(host="0.0.0.0", api_key=None)
+    refused = prompt_tasks_refused(config, open_server)
+    assert "--specgen-allow-untrusted" in refused
+    assert plan_search(None, PROMPT, config, refused) is None
+    with pytest.raises(RequestError, match=r"specgen\.task: missing, and .*--api-key"):
+        plan_search(RequestOptions(), PROMPT, config, refused)
+    assert plan_search(RequestOptions(task=TASK), PROMPT, config, refused) is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "allow", "is_refused"),
+    [
+        ("127.0.0.1", None, False, False), ("localhost", None, False, False), ("::1", None, False, False),
+        ("127.8.8.8", None, False, False), (None, None, False, False), ("0.0.0.0", None, False, True),
+        ("::", None, False, True), ("10.0.0.4", None, False, True), ("node7", None, False, True),
+        ("", None, False, True), ("0.0.0.0", "key", False, False), ("0.0.0.0", None, True, False),
+    ],
+)  # fmt: skip
+def test_which_servers_take_tasks_from_prompts(
+    host: str | None, key: str | None, allow: bool, is_refused: bool
+) -> None:
+    config = SpecGenConfig(allow_untrusted=allow)
+    assert bool(prompt_tasks_refused(config, SimpleNamespace(host=host, api_key=key))) is is_refused
