@@ -133,6 +133,28 @@ def lend(
 
 
 @app.command()
+def evaluator(
+    gpus: Annotated[str | None, typer.Option(help="GPUs to evaluate on, as nvidia-smi counts: 1,2,3")] = None,
+    cpus: Annotated[int, typer.Option(help="instead of GPUs: workers on the CPU")] = 0,
+    join: Annotated[
+        str | None, typer.Option(help="address of a pool that runs; default: start one", metavar="ADDRESS")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes on one GPU: they compile side by side")] = 2,
+    port: Annotated[int, typer.Option(help="of a new pool")] = 6380,
+    journal: Annotated[
+        Path | None, typer.Option(help="of a new pool: file in which jobs outlive a crash", metavar="FILE")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="serve the pool's Prometheus series here")] = None,
+) -> None:
+    """Evaluators for a pool that several servers share, on a Ray cluster; runs until Ctrl-C."""
+    from specgen_engine.pools.evaluator import EvaluatorOptions, parse_gpus
+    from specgen_engine.pools.evaluator import evaluator as run
+
+    indices = parse_gpus(gpus) if gpus is not None else ()
+    run(EvaluatorOptions(indices, cpus, join, workers, port, journal, metrics_port))
+
+
+@app.command()
 def doctor(
     json: Annotated[Path | None, typer.Option(help="write the findings to this file", metavar="FILE")] = None,
 ) -> None:
