@@ -33,7 +33,7 @@ SCHEMA = {
             "type": "object",
             "required": ["list"],
             "properties": {
-                "list": {"type": "array", "items": {"properties": {"type": {"const": "datasource"}}, "required": ["name"]}}
+                "list": {"type": "array", "items": {"properties": {"type": {"const": "datasource"}}}}
             },
         },
         "panels": {
