@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -100,6 +103,9 @@ def row(name: str, answer: Answer, verdict: Verdict, seconds: float) -> dict[str
         "stages": stages,
         "verdict_s": round(total, 3),
         "overhead_s": round(total - verdict.own_s, 3),
+        "overhead": verdict.overhead,
+        "extra_ms": verdict.extra_ms,
+        "conditions": verdict.conditions,
     }
 
 
@@ -165,8 +171,16 @@ def latency(rows: list[dict]) -> dict[str, Any]:
                 [row["verdict_s"] - row["stages"].get("compile", 0.0) for row in mine]
             ),
             "overhead_s_of_correct": percentiles([row["overhead_s"] for row in correct]),
+            "overhead_s_by_step_of_correct": by_step(correct),
         }
     return figures
+
+
+def by_step(rows: list[dict]) -> dict[str, Any]:
+    """The harness's own time by step, the largest median first."""
+    names = {name for row in rows for name in row["overhead"]}
+    found = {name: percentiles([row["overhead"].get(name, 0.0) for row in rows]) for name in names}
+    return dict(sorted(found.items(), key=lambda item: -item[1]["p50"] if item[1] else 0.0))
 
 
 def repeats(first: list[dict], second: list[dict]) -> dict[str, Any]:
@@ -177,11 +191,104 @@ def repeats(first: list[dict], second: list[dict]) -> dict[str, Any]:
     ]
     apart = [abs(a["speedup"] - b["speedup"]) / ((a["speedup"] + b["speedup"]) / 2) for a, b in pairs]
     overlap = sum(a["interval"][0] <= b["interval"][1] and b["interval"][0] <= a["interval"][1] for a, b in pairs)
-    return {"pairs": len(pairs), "intervals_overlap": overlap, "relative_difference": spread(apart)}
+    kernels = {
+        a["candidate"]: {
+            "speedups": [a["speedup"], b["speedup"]],
+            "cv": round(variation(a["speedup"], b["speedup"]), 4),
+        }
+        for a, b in pairs
+    }
+    return {
+        "pairs": len(pairs),
+        "intervals_overlap": overlap,
+        "relative_difference": spread(apart),
+        "cv": spread([variation(a["speedup"], b["speedup"]) for a, b in pairs]),
+        "kernels": kernels,
+    }
+
+
+def variation(a: float, b: float) -> float:
+    """Coefficient of variation of two figures: sample standard deviation over mean."""
+    return statistics.stdev((a, b)) / statistics.mean((a, b))
+
+
+async def pool_rate(name: str, answers: list[Answer], args: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """Verdicts a minute of a pool that is up; each text is its own, so that nothing comes from a cache."""
+    pool = LocalPool(
+        workers=workers, device=args.device, limits=EvaluationLimits(sandbox=args.sandbox), cache=args.cache
+    )
+    await pool.start()
+    while pool.snapshot()["ready"] != workers:  # noqa: ASYNC110  (not their start's speed but the workers' is wanted)
+        await asyncio.sleep(0.1)
+    start = time.monotonic()
+    ends: list[float] = []
+
+    async def one(number: int, answer: Answer) -> Verdict:
+        candidate = Candidate(f"{answer.candidate.source}\n# {name} {number}\n")
+        verdict = await pool.submit(answer.task, candidate, search=name).verdict()
+        ends.append(time.monotonic() - start)
+        return verdict
+
+    cancel = asyncio.get_running_loop().call_later(args.rate_s, pool.cancel_search, name)
+    try:
+        verdicts = await asyncio.gather(*(one(*pair) for pair in enumerate(answers)))
+    finally:
+        cancel.cancel()
+        await pool.close()
+    ran = [verdict for verdict in verdicts if verdict.status != Status.CANCELLED]
+    last = max(ends[: len(ran)], default=0.0) if len(ran) < len(verdicts) else max(ends)
+    return {"verdicts": len(ran), "of": len(verdicts), "seconds": round(last, 1), "workers": workers} | per_minute(
+        len(ran), last, [str(verdict.status) for verdict in ran]
+    )
+
+
+def per_minute(count: int, seconds: float, statuses: list[str]) -> dict[str, Any]:
+    return {
+        "verdicts_per_minute": round(60 * count / seconds, 1) if seconds else None,
+        "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
+    }
+
+
+def fresh_rate(answers: list[Answer], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The same in a loop of fresh processes (bench/fresh_process.py), as many as fit the time."""
+    start, statuses = time.monotonic(), []
+    for answer in answers:
+        if time.monotonic() - start > seconds:
+            break
+        with tempfile.TemporaryDirectory(prefix="specgen-fresh-") as folder:
+            paths = [Path(folder) / "task.py", Path(folder) / "candidate.py"]
+            for path, text in zip(paths, (answer.task.source, answer.candidate.source), strict=True):
+                path.write_text(text)
+            caches = {"TORCH_EXTENSIONS_DIR": folder, "TRITON_CACHE_DIR": folder}
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.fresh_process", *map(str, paths), args.device],
+                capture_output=True, text=True, env={**os.environ, **caches},
+            )  # fmt: skip
+        lines = done.stdout.strip().splitlines()
+        statuses.append(json.loads(lines[-1])["status"] if done.returncode == 0 and lines else "crash")
+    spent = time.monotonic() - start
+    return {"verdicts": len(statuses), "of": len(answers), "seconds": round(spent, 1)} | per_minute(
+        len(statuses), spent, statuses
+    )
+
+
+async def throughput(answers: list[Answer], args: argparse.Namespace) -> dict[str, Any]:
+    """A warm pool against a loop of fresh processes, for both kinds of answers, in one run."""
+    found: dict[str, Any] = {}
+    for kind, workers in (("triton", args.light_workers), ("cuda", args.workers)):
+        mine = [answer for answer in answers if answer.kind == kind]
+        chosen = list(itertools.islice(itertools.cycle(mine), args.throughput)) if mine else []
+        if chosen:
+            pool = await pool_rate(f"rate-{kind}", chosen, args, workers)
+            found[kind] = {"pool": pool, "fresh_processes": fresh_rate(chosen, args, args.fresh_s)}
+            print(kind, json.dumps(found[kind]), flush=True)
+    return found
 
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     answers = [answer for answer in read_answers(args.traces, args.only) if answer.kind in args.kinds.split(",")]
+    if args.throughput:
+        return {"throughput": await throughput(answers, args)}
     scores = json.loads(args.scores.read_text())
     ends = time.monotonic() + args.budget_s
     light = [answer for answer in answers if answer.kind != "cuda"]
@@ -191,6 +298,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.repeat:
         correct = {row["candidate"] for row in rows if row["status"] == Status.CORRECT}
         chosen = [answer for answer in light if answer.name in correct][:: max(1, len(correct) // args.repeat)]
+        chosen = chosen[: args.repeat]
         again = await run_pass("repeat", chosen, args, args.light_workers, ends) if chosen else []
     if heavy:
         rows += await run_pass("compiling", heavy, args, args.workers, ends)
@@ -217,6 +325,11 @@ def main() -> int:
     parser.add_argument("--light-workers", type=int, default=2)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=0, help="how many correct answers are run a second time")
+    parser.add_argument(
+        "--throughput", type=int, default=0, help="instead: verdicts a minute over so many of each kind"
+    )
+    parser.add_argument("--rate-s", type=float, default=60.0, help="with --throughput: at most so long for one kind")
+    parser.add_argument("--fresh-s", type=float, default=60.0, help="the same for the loop of fresh processes")
     parser.add_argument("--sandbox", default="prefer")
     parser.add_argument("--budget-s", type=float, default=300.0)
     args = parser.parse_args()
@@ -225,7 +338,7 @@ def main() -> int:
         args.cache = Path(cache)
         report |= {"device": args.device} | asyncio.run(measure(args))
     write_report(args.json, report)
-    brief = {key: report[key] for key in ("comparison", "latency", "two_runs")}
+    brief = {key: report[key] for key in ("comparison", "latency", "two_runs", "throughput") if key in report}
     print(json.dumps(brief, indent=1))
     return 0
 

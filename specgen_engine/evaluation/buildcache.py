@@ -1,4 +1,8 @@
-"""One build folder a candidate, addressed by its content, so that a second evaluation compiles nothing."""
+"""Build folders, found again by the candidate's content, so that a second evaluation compiles nothing.
+
+A folder's path never changes: build files name it, and a sandbox is entered before it is known whose folder it will
+be. What belongs to which candidate is said by a small file `<hash>.complete`.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +10,127 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 COMPLETE = "complete"
+HANG = "hang"
+HANG_DAYS = 1.0
+ABANDONED_S = 60.0
+_PREFIX = "build-"
+
+
+class PreparedFolder:
+    """An empty build folder, held by flock on itself while its owner lives."""
+
+    def __init__(self, cache: Path) -> None:
+        cache.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=cache))
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in ("torch", "triton"):
+            (self.path / name).mkdir()
+
+    def close(self, *, keep: bool) -> None:
+        if not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
 
 
 class BuildFolder:
-    """A context: .path is this candidate's folder, held by flock (the kernel frees it when its owner dies).
+    """A context: .path is this candidate's folder, .hit says that a complete build lies in it.
 
-    A folder whose compile didn't end is emptied first, so no partial object and no lock file outlives its owner.
-    When another worker holds the same candidate's folder, a temporary one is used instead.
+    Held by flock (the kernel frees it when its owner dies). A folder whose compile didn't end is removed, so no
+    partial object and no lock file outlives its owner. When another worker holds the same candidate's folder, a
+    temporary one is used instead.
+    prepared: gives an empty folder, or None, when there is no complete build; it is this context's from then on.
     """
 
-    def __init__(self, cache: Path, key: str) -> None:
-        self.cache, self.key = cache, key
-        self.temporary = False
+    def __init__(self, cache: Path, key: str, prepared: Callable[[], PreparedFolder | None] = lambda: None) -> None:
+        self.cache, self.key, self._prepared = cache, key, prepared
+        self._folder: PreparedFolder | None = None
+        self._kept = False
 
     def __enter__(self) -> BuildFolder:
         self.cache.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.cache / f"{self.key}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self.temporary, complete = False, None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            complete = complete_build(self.cache, self.key)
         except BlockingIOError:
             self.temporary = True
-            self.path = Path(tempfile.mkdtemp(prefix=f"{self.key}-", dir=self.cache))
-            return self._ready()
-        self.path = self.cache / self.key
-        if not (self.cache / f"{self.key}.{COMPLETE}").exists():
-            shutil.rmtree(self.path, ignore_errors=True)
-        return self._ready()
-
-    def _ready(self) -> BuildFolder:
+        self.hit = complete is not None
+        if complete is None:
+            self._folder = self._prepared() or PreparedFolder(self.cache)
+            complete = self._folder.path
+        self.path = complete
         for name in ("torch", "triton"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         return self
 
     def keep(self) -> None:
         """The compile came to its end: what is here may be used again."""
-        if not self.temporary:
-            (self.cache / f"{self.key}.{COMPLETE}").touch()
+        if self.temporary or self.hit:
+            return
+        handle, name = tempfile.mkstemp(dir=self.cache, prefix=f".{self.key}-")
+        with os.fdopen(handle, "w") as file:
+            file.write(self.path.name)
+        os.replace(name, self.cache / f"{self.key}.{COMPLETE}")
+        self._kept = True
 
     def __exit__(self, *_: object) -> None:
-        if self.temporary or not (self.cache / f"{self.key}.{COMPLETE}").exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.close(keep=self._kept)
         os.close(self._lock)
+
+
+def complete_build(cache: Path, key: str) -> Path | None:
+    """The folder with a candidate's complete build, if there is one."""
+    try:
+        name = (cache / f"{key}.{COMPLETE}").read_text().strip() or key
+    except OSError:
+        return None
+    path = cache / Path(name).name
+    return path if path.is_dir() else None
+
+
+def sweep(cache: Path) -> int:
+    """Remove folders that no build was kept of and whose owner is gone (a killed worker's); returns how many."""
+    kept = {complete_build(cache, path.stem) for path in cache.glob(f"*.{COMPLETE}")}
+    removed = 0
+    for path in cache.glob(f"{_PREFIX}*"):
+        try:
+            if path in kept or time.time() - path.stat().st_mtime < ABANDONED_S:
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+            removed += 1
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+    return removed
+
+
+def remember_hang(cache: Path, task: str, candidate: str, reason: str) -> None:
+    """This candidate's call did not end on this task."""
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / f"{candidate}-{task}.{HANG}").write_text(reason)
+
+
+def remembered_hang(cache: Path, task: str, candidate: str) -> str | None:
+    """Why this candidate is not to be run again on this task; None when nothing is known, or it is over a day old."""
+    path = cache / f"{candidate}-{task}.{HANG}"
+    try:
+        if time.time() - path.stat().st_mtime > HANG_DAYS * 86400:
+            path.unlink(missing_ok=True)
+            return None
+        return path.read_text()
+    except OSError:
+        return None

@@ -41,6 +41,8 @@ class Child:
     ended: bool = False
     exit_code: int | None = None
     scratch: Path = Path()
+    heard: float = 0.0  # time.monotonic() of its latest message
+    warm: bool = False  # its CUDA context is made, or none is needed
     fds: list[int] = field(default_factory=list)
 
     def close_fds(self) -> None:
@@ -186,12 +188,24 @@ def held_bytes(pid: int) -> tuple[int, int]:
     return total, count
 
 
+def silence(pid: int, spare: set[int], patience_s: float = 5.0) -> None:
+    """SIGKILL a child, its group and everything below or orphaned from it; none runs its code when this returns.
+
+    They may still be on their way out (a CUDA context takes the driver some time): see kill_tree.
+    """
+    _kill_all(pid, spare, patience_s, lambda process: not _is_exiting(process.pid))
+
+
 def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
-    """SIGKILL a child, its group and everything below or orphaned from it; returns the pids that would not die.
+    """The same, and wait until all are gone; returns the pids that would not die.
 
     spare: this process's other children, whose trees live on. Processes that left the group by setsid or double
     fork are found as descendants, or as orphans handed to this subreaper.
     """
+    return _kill_all(pid, spare, patience_s, lambda _: True)
+
+
+def _kill_all(pid: int, spare: set[int], patience_s: float, counts: Callable[[psutil.Process], bool]) -> list[int]:
     deadline = time.monotonic() + patience_s
     while True:
         for group in (os.killpg, os.kill):
@@ -205,10 +219,19 @@ def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
         for process in doomed:
             _signal(process, signal.SIGKILL)
         reap()
-        left = [process.pid for process in _outside(spare)]
+        left = [process.pid for process in _outside(spare) if counts(process)]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.002)
+
+
+def _is_exiting(pid: int) -> bool:
+    """Gone, or in the kernel's exit path (PF_EXITING)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & 0x4)
 
 
 def _outside(spare: set[int]) -> list[psutil.Process]:

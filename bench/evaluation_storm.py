@@ -1,0 +1,223 @@
+"""Evaluations of which every fifth hangs, crashes, runs out of memory, forks without end or is killed from outside.
+
+    python -m bench.evaluation_storm --json F [--evaluations 500] [--device cpu] [--workers 1]
+
+Shows that every job gets its verdict, that no process is left, that the next job after a hang runs soon, and (on a
+GPU) that its memory is what it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.machine import new_report, write_report
+from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
+from specgen_engine.evaluation.limits import EvaluationLimits
+from specgen_engine.pools.local import LocalPool
+
+TASK = Task(
+    "import torch\n"
+    "class Model(torch.nn.Module):\n"
+    "    def forward(self, x):\n"
+    "        return torch.softmax(x, -1)\n"
+    "def get_inputs():\n"
+    "    return [torch.randn(256, 512)]\n"
+    "def get_init_inputs():\n"
+    "    return []\n",
+    "storm",
+)
+HEAD = "import ctypes, os, time, torch\n"
+CLASS = "class ModelNew(torch.nn.Module):\n    def forward(self, x):\n        "
+GOOD = "return torch.softmax(x, -1)"
+SPIN = (
+    "import triton, triton.language as tl\n"
+    "@triton.jit\n"
+    "def _spin(flag):\n"
+    "    while tl.load(flag, volatile=True) == 0:\n"
+    "        pass\n"
+)
+FAULTS: dict[str, tuple[str, frozenset[Status]]] = {
+    "hang": ("while True: pass", frozenset({Status.TIMEOUT})),
+    "crash": ("ctypes.string_at(0)", frozenset({Status.CRASH})),
+    "memory": ("return torch.ones(1 << 40, device=x.device)", frozenset({Status.RUNTIME_ERROR})),
+    "fork bomb": ("\n        while True: os.fork()", frozenset({Status.RUNTIME_ERROR, Status.TIMEOUT, Status.CRASH})),
+    "kill": (GOOD, frozenset({Status.CORRECT, Status.CRASH})),
+}
+GPU_HANG = "flag = torch.zeros(1, device=x.device); _spin[(1,)](flag); return x"
+
+
+@dataclass
+class Seen:
+    """next_after_hang: seconds from a hang's verdict until the same worker's next job had the device."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    next_after_hang: list[float] = field(default_factory=list)
+    lost: int = 0
+
+
+def candidate_of(number: int, fault: str, device: str) -> Candidate:
+    """Each text is its own, so that nothing is remembered of another's."""
+    body = FAULTS[fault][0] if fault else GOOD
+    top = HEAD
+    if fault == "hang" and device.startswith("cuda"):
+        body, top = GPU_HANG, HEAD + SPIN
+    return Candidate(f"{top}# {number}\n{CLASS}{body}\n")
+
+
+async def storm(pool: LocalPool, count: int, seed: int, at_once: int, kill_workers: bool) -> Seen:
+    """Submit count evaluations, at_once at a time; what each fifth does wrong is drawn with the seed."""
+    rng = random.Random(seed)
+    seen = Seen()
+    hung_at: dict[str, float] = {}
+    room = asyncio.Semaphore(at_once)
+    faults = [rng.choice(list(FAULTS)) if number % 5 == 4 else "" for number in range(count)]
+
+    async def one(number: int, fault: str) -> None:
+        async with room:
+            job = pool.submit(TASK, candidate_of(number, fault, str(pool.snapshot()["device"])), search="storm")
+            killer = asyncio.create_task(_kill_when_running(job, rng, kill_workers)) if fault == "kill" else None
+            checked = 0.0
+            async for stage in job.events():
+                checked = time.monotonic() if stage is Stage.CHECK else checked
+            verdict = await asyncio.wait_for(job.verdict(), 120)
+            if killer is not None:
+                await killer
+            _note(seen, number, fault, verdict)
+            if at_once == 1 and "at" in hung_at and checked:
+                seen.next_after_hang.append(round(checked - hung_at.pop("at"), 3))
+            if fault == "hang":
+                hung_at["at"] = time.monotonic()
+
+    results = await asyncio.gather(*(one(*pair) for pair in enumerate(faults)), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            seen.lost += 1
+            seen.wrong.append(f"lost: {type(result).__name__}: {result}")
+    return seen
+
+
+def _note(seen: Seen, number: int, fault: str, verdict: Verdict) -> None:
+    seen.statuses[f"{fault or 'good'}: {verdict.status}"] += 1
+    if verdict.status not in (FAULTS[fault][1] if fault else {Status.CORRECT}):
+        seen.wrong.append(f"{number} {fault or 'good'}: {verdict.status} {verdict.reason}"[:300])
+
+
+async def _kill_when_running(job: Any, rng: random.Random, kill_workers: bool) -> None:
+    """SIGKILL a process of the evaluation's, picked at random: a candidate's, a judge's or the worker itself."""
+    async for stage in job.events():
+        if stage in (Stage.COMPILE, Stage.CHECK, Stage.TIME):
+            break
+    else:
+        return
+    workers = [one for one in psutil.Process().children() if "worker_main" in " ".join(one.cmdline())]
+    below = [process for worker in workers for process in worker.children(recursive=True)]
+    targets = (workers + below) if kill_workers else [one for one in below if "gpustate" not in " ".join(one.cmdline())]
+    try:
+        rng.choice(targets).send_signal(signal.SIGKILL)
+    except (psutil.Error, IndexError):
+        pass
+
+
+def left_over(folder: Path, patience_s: float = 5.0) -> list[str]:
+    """Processes that still live in a folder of the storm's, once they have had time to go."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and os.readlink(f"/proc/{process.pid}/cwd").startswith(str(folder)):
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+            except (psutil.Error, OSError):
+                continue
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def gpu_memory_mib(device: str) -> int | None:
+    if not device.startswith("cuda"):
+        return None
+    index = device.partition(":")[2] or "0"
+    query = ["nvidia-smi", "-i", index, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
+
+
+def measure(count: int, device: str, workers: int, seed: int, *, kill_workers: bool = True) -> dict[str, Any]:
+    """The whole of it, in a folder of its own; asserts nothing."""
+    limits = EvaluationLimits(
+        check_s=8 if device.startswith("cuda") else 1,
+        time_s=10,
+        timing_budget_s=0.05,
+        memory_bytes=2 << 30,
+        processes=24,
+    )
+    with tempfile.TemporaryDirectory(prefix="specgen-storm-") as name:
+        before, known = gpu_memory_mib(device), tempfile.tempdir
+        tempfile.tempdir = name
+        try:
+            seen, seconds, restarts = asyncio.run(_run(count, device, workers, seed, limits, kill_workers, Path(name)))
+        finally:
+            tempfile.tempdir = known
+        return {
+            "evaluations": count,
+            "workers": workers,
+            "seconds": round(seconds, 1),
+            "verdicts": dict(sorted(seen.statuses.items())),
+            "lost_jobs": seen.lost,
+            "unexpected": seen.wrong,
+            "worker_restarts": restarts,
+            "seconds_from_a_hang_to_the_next_check": seen.next_after_hang,
+            "processes_left": left_over(Path(name)),
+            "gpu_memory_mib": None if before is None else [before, gpu_memory_mib(device)],
+        }
+
+
+async def _run(
+    count: int, device: str, workers: int, seed: int, limits: EvaluationLimits, kill_workers: bool, folder: Path
+) -> tuple[Seen, float, int]:
+    pool = LocalPool(workers=workers, device=device, limits=limits, cache=folder / "builds")
+    await pool.start()
+    start = time.monotonic()
+    try:
+        seen = await storm(pool, count, seed, workers, kill_workers)
+        return seen, time.monotonic() - start, int(str(pool.snapshot()["restarts"]))
+    finally:
+        await pool.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.evaluation_storm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--evaluations", type=int, default=500)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    found = measure(args.evaluations, args.device, args.workers, args.seed)
+    report = new_report("specgen.storm/1", args.seed, "bench.evaluation_storm")
+    write_report(args.json, report | {"device": args.device} | found)
+    print(found)
+    return int(bool(found["lost_jobs"] or found["processes_left"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Build folders: found again by content, never by a build that did not end, swept when their owner is gone."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from specgen_engine.evaluation.buildcache import BuildFolder, PreparedFolder, remember_hang, remembered_hang, sweep
+
+
+def test_a_complete_build_is_found_again_where_it_was_made(tmp_path: Path) -> None:
+    prepared = PreparedFolder(tmp_path)
+    with BuildFolder(tmp_path, "k", lambda: prepared) as build:
+        assert not build.hit
+        assert build.path == prepared.path
+        (build.path / "torch" / "module.so").touch()
+        build.keep()
+    with BuildFolder(tmp_path, "k", lambda: pytest_fail()) as again:
+        assert again.hit
+        assert (again.path / "torch" / "module.so").exists()
+
+
+def pytest_fail() -> None:
+    raise AssertionError("a complete build needs no prepared folder")
+
+
+def test_a_build_that_did_not_end_is_gone(tmp_path: Path) -> None:
+    with BuildFolder(tmp_path, "k") as build:
+        (build.path / "torch" / "lock").touch()
+    assert not build.path.exists()
+    with BuildFolder(tmp_path, "k") as again:
+        assert not again.hit
+        assert list((again.path / "torch").iterdir()) == []
+
+
+def test_two_builds_of_one_candidate_at_a_time(tmp_path: Path) -> None:
+    with BuildFolder(tmp_path, "k") as first, BuildFolder(tmp_path, "k") as second:
+        assert first.path != second.path
+        second.keep()
+    with BuildFolder(tmp_path, "k") as third:
+        assert not third.hit  # the second was nobody's to keep, the first was never complete
+
+
+def test_sweep_removes_only_what_nobody_owns(tmp_path: Path) -> None:
+    with BuildFolder(tmp_path, "k") as build:
+        build.keep()
+    held = PreparedFolder(tmp_path)
+    orphan = PreparedFolder(tmp_path)
+    os.close(orphan._lock)
+    for folder in (build.path, held.path, orphan.path):
+        os.utime(folder, (time.time() - 3600,) * 2)
+    assert sweep(tmp_path) == 1
+    assert [folder.exists() for folder in (build.path, held.path, orphan.path)] == [True, True, False]
+
+
+def test_a_hang_is_forgotten_after_a_day(tmp_path: Path) -> None:
+    remember_hang(tmp_path, "task", "candidate", "timing took more than 30 s")
+    assert remembered_hang(tmp_path, "task", "candidate") == "timing took more than 30 s"
+    assert remembered_hang(tmp_path, "other", "candidate") is None
+    os.utime(tmp_path / "candidate-task.hang", (time.time() - 90_000,) * 2)
+    assert remembered_hang(tmp_path, "task", "candidate") is None
