@@ -14,10 +14,10 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..evaluation.base import Status, Verdict
-from .accounting import Outcome, PoolMetrics
+from .accounting import Outcome
 from .base import (
     BUSY_STAGES,
     STAGES,
@@ -39,6 +39,9 @@ from .journal import Journal
 from .ledger import Ledger
 from .policy import JobView, PolicyConfig, Role
 from .policy_state import Assignment, Cancelled, Decision, PoolState
+
+if TYPE_CHECKING:
+    from .metrics import PoolMetrics
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +183,12 @@ class Dispatcher:
 
     def _finished(self, number: int, job: PoolJob, message: dict[str, Any]) -> None:
         slot, now = self._evaluators[number], time.monotonic()
-        told = message.get("verdict")
-        value = verdict_of(told, job.waited()) if told else message.get("task", message.get(STAGES[job.order.stage].op))
+        value: Any = message.get("task")
+        if job.order.stage is not JobStage.CHECK_TASK:
+            try:
+                value = verdict_of(message["verdict"], job.waited())
+            except (KeyError, TypeError, ValueError) as error:
+                value = job.failed(Status.CRASH, f"the worker's answer cannot be read: {error!r}", slot.device)
         outcome = self.ledger.outcome_of(job, value)
         killed = outcome is Outcome.CANCELLED
         busy_s = busy_seconds(value.stages) if isinstance(value, Verdict) and not killed else None
@@ -261,13 +268,15 @@ class Dispatcher:
 
     # -- jobs begin and end ----------------------------------------------------------------------------------------
 
-    def _job(self, name: str, order: Order, tries: int = 0) -> PoolJob:
+    def _job(self, name: str, order: Order, tries: int = 0, since: float | None = None) -> PoolJob:
         now = time.monotonic()
         role = STAGES[order.stage].role
         deadline = None if order.deadline is None else now + order.deadline - time.time()
-        since = float("-inf") if order.stage is JobStage.CHECK_TASK else now  # nothing is older
+        if order.stage is JobStage.CHECK_TASK:
+            since = float("-inf")  # nothing is older
+        expected_s = self.state.expected_s(order.search, role, EXPECTED_S)
         view = JobView(
-            name, order.search, role, since, self.state.expected_s(order.search, role, EXPECTED_S),
+            name, order.search, role, now if since is None else since, expected_s,
             order.fork, order.could_end, order.priority, deadline,
         )  # fmt: skip
         return PoolJob(self, name, order, view, now, tries=tries)

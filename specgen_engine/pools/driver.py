@@ -113,13 +113,15 @@ class Driver(Dispatcher):
         stage: JobStage | str = JobStage.EVALUATE,
         fork: int = 0,
         could_end: bool | None = None,
+        since: float | None = None,
         job: str | None = None,
         options: Mapping[str, object] | None = None,
     ) -> PoolJob:
         """Queue one stage of a candidate. deadline is a time.monotonic() value.
 
         fork: the fork's number in its search; the newest goes first (equal ones by age).  could_end: a good result
-        would end the reasoning (default: when its priority is above 0, and what comes after the verdict).  job: its id.
+        would end the reasoning (default: when its priority is above 0, and what comes after the verdict).
+        since: time.monotonic() of the candidate's first job, so that a late one is profiled first.  job: its id.
         options: more of the worker's request, as JSON can carry it.
         Raises ValueError for a deadline that has passed, a stage or search that is not known, an id that is taken.
         """
@@ -144,7 +146,7 @@ class Driver(Dispatcher):
         order = Order(stage, task, candidate, search, priority, wall, fork, could_end, options)
         name = job or f"{self.life}/{next(self._numbers)}"
         self.ledger.journal.submit(name, search, stage, order.to_json())
-        queued = self._job(name, order)
+        queued = self._job(name, order, since=since)
         self._enqueue(queued)
         self._decide()
         return queued

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.base import Status, Verdict
-from .accounting import Account, Outcome, PoolMetrics
+from .accounting import Account, Outcome
 from .base import JobStage, SlotUp
 from .job import PoolJob, outcome_text
 from .journal import Journal
+
+if TYPE_CHECKING:
+    from .metrics import PoolMetrics
 
 
 @dataclass(slots=True)

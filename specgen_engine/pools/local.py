@@ -21,7 +21,6 @@ import anyio.to_thread
 
 from ..evaluation.base import Stage
 from ..evaluation.limits import EvaluationLimits
-from .accounting import process_metrics
 from .base import Done, Event, Lending, NoSlot, Reached, SlotDown, SlotUp, Switched, Work
 from .driver import Driver
 from .journal import Journal
@@ -293,7 +292,12 @@ class LocalPool(Driver):
         backend = LocalBackend(
             tuple(devices) or (device,) * workers, limits=limits, cache=cache, log=log, lending=lending
         )
-        super().__init__(backend, journal=journal, config=config, metrics=process_metrics(), **driver)  # type: ignore[arg-type]
+        metrics = None
+        if "prometheus_client" in sys.modules:  # else nobody reads them here
+            from .metrics import process_metrics
+
+            metrics = process_metrics()
+        super().__init__(backend, journal=journal, config=config, metrics=metrics, **driver)  # type: ignore[arg-type]
         self.local = backend
 
     @property

@@ -19,10 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import SpecGenError
 from ..evaluation.base import Stage, Task
-from .accounting import exposition
 from .driver import Driver
 from .job import Order, PoolJob, outcome_text
 from .journal import Journal
+from .metrics import exposition
 from .policy import Admission
 from .ray_backend import RayBackend, SupervisorOptions
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgen_engine.pools.accounting import Account, Outcome, Spent, exposition
+from specgen_engine.pools.accounting import Account, Outcome, Spent
+from specgen_engine.pools.metrics import exposition
 
 
 def account() -> Account:
