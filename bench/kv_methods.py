@@ -14,6 +14,7 @@ from bench.kv_rig import Rig, Tables
 from specgen_engine.kv.native import _kv
 
 MOST_BATCH_ENTRIES = 32_768
+TILE_BYTES = 512 * 1024
 _pinned_buffers: list[torch.Tensor] = []
 Move = Callable[[Tables, int], None]  # tables and a raw stream
 
@@ -32,6 +33,13 @@ def config_for(method: str, rig: Rig, direction: str, pages: int, sms: int) -> A
     auto = _kv.select_copy_config(layout.slot_bytes, pages * layout.page_bytes, direction_of(direction), sms)
     if method == "static":
         return _kv.CopyConfig(auto.method, auto.sms, auto.warps, auto.stages, auto.stage_bytes)
+    if method == "tiled" and auto.method == "bulk":
+        tiles = pages * layout.page_bytes // (auto.sms * auto.warps * TILE_BYTES)
+        shape = (auto.method, auto.sms, auto.warps, auto.stages, auto.stage_bytes)
+        return _kv.CopyConfig(*shape, max(1, min(16, tiles)))
+    if method == "wide" and auto.method == "bulk":
+        stage = max(layout.slot_bytes, 16384 // layout.slot_bytes * layout.slot_bytes)
+        return _kv.CopyConfig("bulk", auto.sms, 4, 3, stage, auto.tiles_per_warp)
     if method == "vector":
         return _kv.CopyConfig("vector", auto.sms, 32, 0, 0)
     if method == "bulk" and auto.method != "bulk":
@@ -89,11 +97,12 @@ def copy_batch(rig: Rig, direction: str, tables_list: list[Tables]) -> Move:
     entries = len(tables_list[0]) * len(rig.planes)
     if entries > MOST_BATCH_ENTRIES:
         raise NotHere(f"{entries} entries: lists of more than {MOST_BATCH_ENTRIES} take longer to enqueue than to copy")
-    lists = {id(tables): _address_lists(rig, direction, tables) for tables in tables_list}
+    lists = {id(tables): address_lists(rig, direction, tables, rig.base) for tables in tables_list}
     return lambda tables, stream: _kv.copy_batch(*lists[id(tables)], stream)
 
 
-def _address_lists(rig: Rig, direction: str, tables: Tables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def address_lists(rig: Rig, direction: str, tables: Tables, base: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(targets, sources, sizes), uint64, an entry a page and plane, for an arena at `base` laid out as the rig's."""
     at, where = tables.device_pages.cpu().numpy(), tables.arena_pages.cpu().numpy()
     layout, page_first, before = rig.arena.layout, rig.shape.layout == "page_first", 0
     chunk, page = where // layout.pages_per_chunk, where % layout.pages_per_chunk
@@ -101,7 +110,7 @@ def _address_lists(rig: Rig, direction: str, tables: Tables) -> tuple[np.ndarray
     for plane, size in zip(rig.planes, rig.shape.planes, strict=True):
         offset, stride = (before, layout.page_bytes) if page_first else (before * layout.pages_per_chunk, size)
         device.append(plane.data_ptr() + at * size)
-        arena.append(rig.base + chunk * rig.chunk_bytes + offset + page * stride)
+        arena.append(base + chunk * rig.chunk_bytes + offset + page * stride)
         before += size
     pool_side, arena_side = (np.concatenate(side).astype(np.uint64) for side in (device, arena))
     sizes = np.repeat(np.asarray(rig.shape.planes, np.uint64), len(at))
@@ -203,15 +212,3 @@ def verify_sgl(rig: Rig, direction: str, move: Move, tables: Tables) -> bool:
     move(tables, torch.cuda.current_stream().cuda_stream)
     rig.synchronize()
     return torch.equal(rig.snapshot(), arena) if direction == "push" else torch.equal(rig.pool, pool)
-
-
-PEER_PACKAGES = {
-    "nixl": ("nixl", "nixl-cu13"),
-    "mooncake": ("mooncake", "mooncake-transfer-engine-cuda13"),
-}
-
-
-def peer_missing(method: str) -> str | None:
-    """Why a peer library has no row here, None when it is importable."""
-    module, package = PEER_PACKAGES[method]
-    return None if importlib.util.find_spec(module) else f"{package} isn't installed"

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -145,6 +146,7 @@ class Rig:
         self.refs = self.arena.allocate(self.pages)
         self._random = np.random.default_rng(seed)
         self.arena_bytes = slots * self.chunk_bytes
+        self._elsewhere: int | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -157,7 +159,16 @@ class Rig:
 
     @property
     def base(self) -> int:
-        return self.arena.space.base
+        return self.arena.space.base if self._elsewhere is None else self._elsewhere
+
+    @contextmanager
+    def looking_at(self, base: int) -> Iterator[None]:
+        """Snapshots, and so verification, of other memory that is laid out as the arena."""
+        self._elsewhere = base
+        try:
+            yield
+        finally:
+            self._elsewhere = None
 
     def close(self) -> None:
         self.link.close()

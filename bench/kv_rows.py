@@ -10,6 +10,8 @@ import torch
 
 from bench import kv_methods as methods
 from bench.kv_methods import Move, NotHere
+from bench.kv_more_rows import both_rows, decode_rows_staged, path_rows, peer_rows
+from bench.kv_peers import Peers
 from bench.kv_rig import Rig, Tables
 from bench.kv_shapes import MIB, Case
 from bench.kv_timing import DecodeLoad, Job, Timing, beside_decode, measure
@@ -29,8 +31,9 @@ HEADLINE = 200 * MIB  # batches above it have rows that explain the others: equa
 class RowMaker:
     """Measures the rows of one rig after another, keeping the ceilings and tuned shapes between them."""
 
-    def __init__(self, args: argparse.Namespace, device: str) -> None:
+    def __init__(self, args: argparse.Namespace, device: str, peers: Peers | None = None) -> None:
         self.args = args
+        self.peers = peers
         self.tuned: dict[str, str] = {}
         self._configs: dict[tuple[str, int], Any] = {}
         self._ceilings: dict[tuple[str, int], float] = {}
@@ -46,19 +49,33 @@ class RowMaker:
     def rows(self, rig: Rig, cases: list[Case]) -> Iterator[dict[str, Any]]:
         if self.args.tune and rig.on_gpu and rig.shape.chunk_bytes in TUNED_CHUNKS and rig.shape.name == "sweep":
             yield from self._tune(rig)
+        if self.peers and "peers" in self.args.groups:
+            self.peers.attach(rig)
         for case in cases:
-            sets = [rig.tables(case.pages) for _ in range(TABLE_SETS)]
-            yield from self._ceiling_rows(rig, case, sets)
-            for direction in DIRECTIONS:
-                yield from self._ours(rig, case, direction, sets)
-                if case.sms == 16 and rig.shape.name != "pieces":
-                    yield from self._others(rig, case, direction, sets)
-            if (case.batch_bytes >= 16 * MIB or self.args.quick) and rig.shape.name != "pieces":
-                yield self._both_ways(rig, case)
-        if rig.on_gpu and rig.shape.name == "sweep" and rig.shape.chunk_bytes in DECODE_CHUNKS:
+            yield from self._case_rows(rig, case)
+        if self.peers:
+            self.peers.detach()
+        beside_decode_too = rig.shape.name == "sweep" and rig.shape.chunk_bytes in DECODE_CHUNKS
+        if rig.on_gpu and beside_decode_too and "decode" in self.args.groups:
             yield from self._decode_rows(rig)
 
-    def _row(
+    def _case_rows(self, rig: Rig, case: Case) -> Iterator[dict[str, Any]]:
+        groups, pieces = self.args.groups, rig.shape.name == "pieces"
+        sets = [rig.tables(case.pages) for _ in range(TABLE_SETS)]
+        yield from self._ceiling_rows(rig, case, sets)
+        for direction in DIRECTIONS:
+            if "ours" in groups:
+                yield from self._ours(rig, case, direction, sets)
+            if "paths" in groups and rig.on_gpu and not pieces:
+                yield from path_rows(self, rig, case, direction, sets)
+            if "others" in groups and case.sms == 16 and not pieces:
+                yield from self._others(rig, case, direction, sets)
+            if "peers" in groups and case.sms == 16 and not pieces:
+                yield from peer_rows(self, rig, case, direction, sets)
+        if "both" in groups and (case.batch_bytes >= 16 * MIB or self.args.quick) and not pieces and case.sms == 16:
+            yield from both_rows(self, rig, case)
+
+    def row(
         self, rig: Rig, case: Case, method: str, direction: str, timing: Timing | None, **more: Any
     ) -> dict[str, Any]:
         moved = case.pages * rig.shape.page_bytes * (2 if direction == "both" else 1)
@@ -76,6 +93,7 @@ class RowMaker:
             "us": timing.p50 if timing else None,
             "p50_us": timing.p50 if timing else None,
             "p99_us": timing.p99 if timing else None,
+            "clock": "device" if rig.on_gpu else "host",
             "samples": timing.samples if timing else 0,
             "decode_slowdown": None,
             "verified": None,
@@ -91,13 +109,13 @@ class RowMaker:
         for direction in DIRECTIONS:
             timing = measure(rig, [Job(methods.copy_engine(rig, direction, size), sets)])
             right = self._contiguous_right(rig, direction, size)
-            row = self._row(rig, case, "copy-engine", direction, timing, verified=right)
+            row = self.row(rig, case, "copy-engine", direction, timing, verified=right)
             self._ceilings[direction, size] = row["gbps"]
             yield row | {"of_ceiling": 1.0}
         if size >= 16 * MIB // 2:
             # Each way is verified alone, above.
             jobs = [Job(move, sets, gpu) for gpu, move in enumerate(methods.copy_engines_both_ways(size))]
-            row = self._row(rig, case, "copy-engine", "both", measure(rig, jobs))
+            row = self.row(rig, case, "copy-engine", "both", measure(rig, jobs))
             self._ceilings["both", size] = row["gbps"]
             yield row | {"of_ceiling": 1.0}
 
@@ -111,31 +129,35 @@ class RowMaker:
         return torch.equal(rig.snapshot(), before) and torch.equal(rig.pool, pool)
 
     def _ours(self, rig: Rig, case: Case, direction: str, sets: list[Tables]) -> Iterator[dict[str, Any]]:
-        names = ("auto", "bulk", "vector", "static") if rig.on_gpu else ("auto",)
+        names: tuple[str, ...] = ("auto",)
+        if rig.on_gpu and case.sms == 16:
+            names += ("bulk", "vector", "static", "tiled")
+        elif rig.on_gpu and case.sms == 12:
+            names += ("static", "tiled")
         auto = methods.config_for("auto", rig, direction, case.pages, case.sms)
         for name in names:
             config = methods.config_for(name, rig, direction, case.pages, case.sms)
             if name != "auto" and repr(config) == repr(auto):
                 continue
-            yield self._ours_row(rig, case, f"ours-{name}", direction, sets, config)
+            yield self.ours_row(rig, case, f"ours-{name}", direction, sets, config)
         tuned = self._configs.get((direction, rig.arena.layout.slot_bytes))
         if tuned is not None:
             tiles = max(1, auto.tiles_per_warp * auto.warps // tuned.warps)
             config = _kv.CopyConfig(tuned.method, case.sms, tuned.warps, tuned.stages, tuned.stage_bytes, tiles)
-            yield self._ours_row(rig, case, "ours-tuned", direction, sets, config)
+            yield self.ours_row(rig, case, "ours-tuned", direction, sets, config)
         if rig.on_gpu and case.batch_bytes > HEADLINE and case.sms == 16:
             in_order = [rig.sequential_tables(case.pages)]
-            yield self._ours_row(rig, case, "ours-sequential", direction, in_order, auto)
+            yield self.ours_row(rig, case, "ours-sequential", direction, in_order, auto)
 
-    def _ours_row(
+    def ours_row(
         self, rig: Rig, case: Case, method: str, direction: str, sets: list[Tables], config: Any
     ) -> dict[str, Any]:
         move = methods.ours(rig, direction, config, lane=1)
         # An import can only find the tags right once the pages were exported.
-        self._export_first(rig, sets)
-        verified = self._verify(rig, direction, move, sets[0], tagged=True)
+        self.export_first(rig, sets)
+        verified = self.verify(rig, direction, move, sets[0], tagged=True)
         timing = measure(rig, [Job(move, sets)])
-        return self._row(rig, case, method, direction, timing, sms=config.sms, config=repr(config), verified=verified)
+        return self.row(rig, case, method, direction, timing, sms=config.sms, config=repr(config), verified=verified)
 
     def _others(self, rig: Rig, case: Case, direction: str, sets: list[Tables]) -> Iterator[dict[str, Any]]:
         size = case.pages * rig.shape.page_bytes
@@ -145,11 +167,8 @@ class RowMaker:
             makers["host-pinned"] = lambda: methods.host_pinned(rig, direction, size)
         for name, make in makers.items():
             yield self._other_row(rig, case, name, direction, sets, make)
-        for quota in (2, 16):
+        for quota in (2, 16) if size < HEADLINE else (16,):
             yield self._sgl_row(rig, case, direction, sets, quota)
-        for name in methods.PEER_PACKAGES:
-            missing = methods.peer_missing(name) or "importable, but this benchmark has no adapter for it yet"
-            yield self._row(rig, case, name, direction, None, skipped=missing)
 
     def _other_row(
         self, rig: Rig, case: Case, name: str, direction: str, sets: list[Tables], make: Callable[[], Move]
@@ -157,14 +176,14 @@ class RowMaker:
         try:
             move = make()
             right = (
-                self._pinned_right(rig, case) if name == "host-pinned" else self._verify(rig, direction, move, sets[0])
+                self._pinned_right(rig, case) if name == "host-pinned" else self.verify(rig, direction, move, sets[0])
             )
             timing = measure(rig, [Job(move, sets)])
         except NotHere as error:
-            return self._row(rig, case, name, direction, None, skipped=str(error))
+            return self.row(rig, case, name, direction, None, skipped=str(error))
         except RuntimeError as error:
-            return self._row(rig, case, name, direction, None, skipped=f"failed: {str(error).splitlines()[0]}")
-        return self._row(rig, case, name, direction, timing, verified=right)
+            return self.row(rig, case, name, direction, None, skipped=f"failed: {str(error).splitlines()[0]}")
+        return self.row(rig, case, name, direction, timing, verified=right)
 
     def _pinned_right(self, rig: Rig, case: Case) -> bool:
         """Out and back: the pool's bytes return after the pool was changed."""
@@ -172,7 +191,7 @@ class RowMaker:
         rig.pool.add_(1)
         expected = rig.pool[:size].clone()
         for direction in DIRECTIONS:
-            methods.host_pinned(rig, direction, size)(rig.tables(1), self._stream(rig))
+            methods.host_pinned(rig, direction, size)(rig.tables(1), self.stream(rig))
             rig.synchronize()
             if direction == "push":
                 rig.pool.add_(1)
@@ -187,36 +206,17 @@ class RowMaker:
             verified = methods.verify_sgl(rig, direction, move, sets[0])
             timing = measure(rig, [Job(move, sets)])
         except NotHere as error:
-            return self._row(rig, case, name, direction, None, skipped=str(error))
+            return self.row(rig, case, name, direction, None, skipped=str(error))
         except RuntimeError as error:
-            return self._row(rig, case, name, direction, None, skipped=f"failed: {str(error).splitlines()[0]}")
-        return self._row(rig, case, name, direction, timing, verified=verified)
-
-    def _both_ways(self, rig: Rig, case: Case) -> dict[str, Any]:
-        pages = min(case.pages, rig.pages // 2)
-        halves = [[rig.tables(pages, part, 2) for _ in range(TABLE_SETS)] for part in range(2)]
-        half = Case(case.shape, pages * case.shape.page_bytes, case.sms)
-        configs = [methods.config_for("auto", rig, way, pages, case.sms) for way in DIRECTIONS]
-        moves = [
-            methods.ours(rig, way, config, lane) for way, config, lane in zip(DIRECTIONS, configs, (1, 2), strict=True)
-        ]
-        for sets in halves:
-            self._export_first(rig, sets)
-        verified = all(
-            self._verify(rig, way, move, sets[0], tagged=True)
-            for way, move, sets in zip(DIRECTIONS, moves, halves, strict=True)
-        )
-        timing = measure(rig, [Job(move, sets) for move, sets in zip(moves, halves, strict=True)])
-        return self._row(
-            rig, half, "ours-auto", "both", timing, sms=2 * configs[0].sms, config=repr(configs[0]), verified=verified
-        )
+            return self.row(rig, case, name, direction, None, skipped=f"failed: {str(error).splitlines()[0]}")
+        return self.row(rig, case, name, direction, timing, verified=verified)
 
     def _decode_rows(self, rig: Rig) -> Iterator[dict[str, Any]]:
         """What copies cost a decode step, against the GB/s they reach: by SMs, by pace, by size of the ring."""
         self._load = self._load or DecodeLoad(rig.device)
         case = Case(rig.shape, TUNING_BATCH, 16)
         sets = [rig.tables(case.pages) for _ in range(TABLE_SETS)]
-        self._export_first(rig, sets)
+        self.export_first(rig, sets)
         size = case.pages * rig.shape.page_bytes
         for direction in DIRECTIONS:
             for method, config, duty in self._beside_decode(rig, direction, case):
@@ -225,13 +225,14 @@ class RowMaker:
                     verified = self._contiguous_right(rig, direction, size)
                 else:
                     move = methods.ours(rig, direction, config, lane=3)
-                    verified = self._verify(rig, direction, move, sets[0], tagged=True)
+                    verified = self.verify(rig, direction, move, sets[0], tagged=True)
                     more = {"sms": config.sms, "config": repr(config), "max_gbps": config.max_gbps}
                 slowdown, gbps = beside_decode(rig, Job(move, sets), self._load, duty)
-                row = self._row(rig, case, f"{method}+decode", direction, None, verified=verified)
+                row = self.row(rig, case, f"{method}+decode", direction, None, verified=verified)
                 yield row | more | {"gbps": gbps, "us": size / gbps / 1e3, "decode_slowdown": slowdown, "duty": duty}
                 if config is None:  # it wrote over the exported pages' tags
-                    self._export_first(rig, sets)
+                    self.export_first(rig, sets)
+            yield from decode_rows_staged(self, rig, case, direction, sets, self._load)
 
     def _beside_decode(self, rig: Rig, direction: str, case: Case) -> Iterator[tuple[str, Any, float]]:
         auto = {sms: methods.config_for("auto", rig, direction, case.pages, sms) for sms in DECODE_SMS}
@@ -255,26 +256,29 @@ class RowMaker:
         for direction in DIRECTIONS:
             best = 0.0
             for config in tuning_shapes(slot, TUNING_BATCH):
-                row = self._ours_row(rig, case, "tune", direction, sets, config)
+                row = self.ours_row(rig, case, "tune", direction, sets, config)
                 yield row
                 if row["verified"] and row["gbps"] > best:
                     best = row["gbps"]
                     self._configs[direction, slot] = config
                     self.tuned[f"{direction}/{slot}"] = repr(config)
 
-    def _export_first(self, rig: Rig, sets: list[Tables]) -> None:
+    def export_first(self, rig: Rig, sets: list[Tables]) -> None:
         config = methods.config_for("auto", rig, "push", len(sets[0]), 16)
         move = methods.ours(rig, "push", config, lane=1)
         for tables in sets:
-            move(tables, self._stream(rig))
+            move(tables, self.stream(rig))
         rig.synchronize()
 
-    def _verify(self, rig: Rig, direction: str, move: Move, tables: Tables, tagged: bool = False) -> bool:
-        run = lambda given: move(given, self._stream(rig))  # noqa: E731
+    def verify(self, rig: Rig, direction: str, move: Move, tables: Tables, tagged: bool = False) -> bool:
+        run = lambda given: move(given, self.stream(rig))  # noqa: E731
         return (rig.verify_push if direction == "push" else rig.verify_pull)(run, tables, tagged)
 
+    def ceiling_of(self, direction: str, size: int) -> float | None:
+        return self._ceilings.get((direction, size))
+
     @staticmethod
-    def _stream(rig: Rig) -> int:
+    def stream(rig: Rig) -> int:
         if not rig.on_gpu:
             return 0
         return int(torch.cuda.current_stream().cuda_stream)

@@ -13,7 +13,7 @@ from bench.kv_methods import Move
 from bench.kv_rig import Rig, Tables
 
 BUDGET_US = 60_000.0
-FEWEST, MOST = 20, 100
+FEWEST, MOST, FEWEST_CALLS = 20, 100, 5
 HEAD_START_CYCLES = 2_000_000  # about a millisecond
 HEAD_START_PER_SAMPLE = 150_000  # the host enqueues a sample faster than this: the device never waits for it
 
@@ -44,14 +44,18 @@ def _summary(times: list[float]) -> Timing:
 
 def measure(rig: Rig, jobs: Sequence[Job]) -> Timing:
     """Each sample runs all jobs at once (one: a one-way transfer; two: both ways) and ends when the last has."""
-    _round(rig, jobs, 3)
-    first = _round(rig, jobs, 3)
+    clock = _events if rig.on_gpu else _wall
+    clock(jobs, 3)
+    first = clock(jobs, 3)
     samples = int(min(MOST, max(FEWEST, BUDGET_US / max(1.0, first[-1]))))
-    return _summary(_round(rig, jobs, samples))
+    return _summary(clock(jobs, samples))
 
 
-def _round(rig: Rig, jobs: Sequence[Job], samples: int) -> list[float]:
-    return _events(jobs, samples) if rig.on_gpu else _wall(jobs, samples)
+def measure_calls(job: Job) -> Timing:
+    """By the host's clock: from the call until the bytes have arrived, which `job.move` waits for."""
+    first = _wall([job], 3)
+    samples = int(min(MOST, max(FEWEST_CALLS, BUDGET_US / max(1.0, min(first)))))
+    return _summary(_wall([job], samples))
 
 
 def _side_stream(index: int, job: Job) -> torch.cuda.Stream:

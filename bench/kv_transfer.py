@@ -40,8 +40,9 @@ from bench.machine import new_report, write_report
 
 SCHEMA = "specgen.kv_transfer/1"
 HEADLINE_BATCHES = (256 * MIB, GIB)
-SM_CURVE = (4, 8, 16, 32, 132)
+SM_CURVE = (4, 8, 10, 12, 14, 16, 32, 132)
 SM_CURVE_CHUNKS = (1 << 10, 2 << 10, 32 << 10)
+GROUPS = ("ours", "paths", "others", "peers", "both", "decode")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,9 +57,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--tune", action="store_true", help="also try launch shapes at 16 SMs, and rows with the best")
     parser.add_argument("--only", nargs="*", default=[], help="shapes whose name contains one of these words")
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out shapes whose name contains one of these words")
+    parser.add_argument("--no-curve", action="store_true", help="16 SMs only")
+    parser.add_argument(
+        "--libraries", nargs="*", choices=("nixl", "mooncake"), default=("nixl", "mooncake"), help="peers to start"
+    )
     parser.add_argument("--segment-bytes", type=int, default=8192, help="largest piece of a chunk one bulk copy moves")
     parser.add_argument("--chunk-mib", type=int, default=64, help="size of an arena chunk")
     parser.add_argument("--budget-s", type=float, default=600, help="start no further shape after this many seconds")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=GROUPS, help="the rows wanted (default: all)")
+    parser.add_argument("--most-mib", type=int, default=1024, help="leave out larger batches")
     parser.add_argument(
         "--sgl-kernel", type=Path, help="sgl_kernel's common_ops shared library, where the package isn't installed"
     )
@@ -77,12 +85,18 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
         listed += [*(sweep(kib) for kib in sizes), sweep(2, "layer_first"), qwen3_8b(1)]
     else:
         listed += [*(sweep(kib) for kib in sizes[:2]), *MODEL_SHAPES, *(pieces(size) for size in PIECES)]
-        listed += [*(sweep(kib) for kib in sizes[2:]), *(sweep(kib, "layer_first") for kib in (1, 2, 32))]
-    return [shape for shape in listed if not args.only or any(word in shape.name for word in args.only)]
+        listed += [*(sweep(kib) for kib in sizes[2:]), *(sweep(kib, "layer_first") for kib in sizes)]
+    wanted = [shape for shape in listed if not args.only or any(word in shape.name for word in args.only)]
+    return [shape for shape in wanted if not any(word in shape.name for word in args.skip)]
 
 
-def cases(shape: Shape, quick: bool) -> list[Case]:
+def cases(shape: Shape, args: argparse.Namespace) -> list[Case]:
     """A shape's batches at 16 SMs, and the SM curve at the headline batches of sweeps."""
+    listed = all_cases(shape, args.quick)
+    return [c for c in listed if c.batch_bytes <= args.most_mib * MIB and not (args.no_curve and c.sms != 16)]
+
+
+def all_cases(shape: Shape, quick: bool) -> list[Case]:
     if shape is LATENCY_SHAPE:
         return [Case(shape, LATENCY_PAGES * shape.page_bytes, sms) for sms in (8, 16, 32)]
     listed = [Case(shape, batch, 16) for batch in batches_of(shape, quick)]
@@ -107,24 +121,28 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def measure_all(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from bench.kv_peers import Peers
     from bench.kv_rig import SPARE_BOTH_WAYS, LenderProcess, Rig
     from bench.kv_rows import RowMaker
     from bench.kv_timing import kernel_floor_us
 
     device = "cuda:0" if args.backend == "cuda" else "cpu"
-    largest = 16 * MIB if args.quick else GIB
+    largest = 16 * MIB if args.quick else min(GIB, args.most_mib * MIB)
     # A page is at most a sixth of a chunk: what chunks lose at their ends is within the fifth added here.
     chunks = int(largest * SPARE_BOTH_WAYS * 1.2) // (args.chunk_mib * MIB) + 4
     start = time.monotonic()
     with LenderProcess(args.backend, 1, args.chunk_mib, chunks) as lender:
-        maker = RowMaker(args, device)
+        largest_arena = chunks * args.chunk_mib * MIB
+        wants_peers = "peers" in args.groups
+        peers = Peers(args.backend == "cuda", largest_arena, args.libraries) if wants_peers else None
+        maker = RowMaker(args, device, peers)
         if args.backend == "cuda":
             report["kernel_floor_us"] = kernel_floor_us()
         for shape in shapes(args):
             if time.monotonic() - start > args.budget_s:
                 report.setdefault("not_run", []).append(f"{shape.name}/{shape.chunk_bytes}")
                 continue
-            listed = cases(shape, args.quick)
+            listed = cases(shape, args)
             batch = max(case.batch_bytes for case in listed)
             segment_bytes = shape.segment_bytes or args.segment_bytes
             rig = Rig(
@@ -141,6 +159,8 @@ def measure_all(args: argparse.Namespace, report: dict[str, Any]) -> Iterator[di
                 yield from maker.rows(rig, listed)
             finally:
                 rig.close()
+        if peers:
+            peers.close()
         report["ceiling"] = maker.ceiling()
         report["tuned"] = maker.tuned
 

@@ -4,7 +4,7 @@
 
 OUT/include gets pybind11's headers and the CUTLASS headers that the kernels include; OUT/site gets pure-Python and
 cp312 packages (pytest, msgspec ...), unpacked; OUT/sgl_kernel.so is SGLang's transfer operators for Hopper, where
-installed; OUT/COMMIT names the tree.
+installed; OUT/peers.tar.xz, with --peers, is NIXL and Mooncake; OUT/COMMIT names the tree.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 from bench.machine import commit
+from bench.pack_peers import pack_peers
 from specgen_engine.kv.toolchain import ToolchainError, find_toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,25 +65,21 @@ def pack_headers(target: Path) -> int:
     return sum(1 for path in target.rglob("*") if path.is_file())
 
 
+def download_command(pip: str) -> list[str]:
+    """pip for wheels of the host's Python 3.12; the folder and the names follow."""
+    command = [pip, "download", "-q", "--no-deps", "--only-binary=:all:"]
+    command += ["--python-version", "3.12", "--implementation", "cp"]
+    command += ["--abi", "cp312", "--abi", "abi3", "--abi", "none"]
+    for platform in PLATFORMS:
+        command += ["--platform", platform]
+    return command
+
+
 def pack_packages(target: Path, pip: str) -> None:
     """Wheels for the host's Python 3.12, unpacked side by side."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as wheels:
-        command = [
-            pip,
-            "download",
-            "-q",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--python-version",
-            "3.12",
-            "--implementation",
-            "cp",
-        ]
-        command += ["--abi", "cp312", "--abi", "abi3", "--abi", "none", "-d", wheels]
-        for platform in PLATFORMS:
-            command += ["--platform", platform]
-        subprocess.run([*command, *PACKAGES], check=True)
+        subprocess.run([*download_command(pip), "-d", wheels, *PACKAGES], check=True)
         for wheel in Path(wheels).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(target)
@@ -105,12 +102,15 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--pip", default=shutil.which("pip") or "pip", help="the pip that downloads wheels")
+    parser.add_argument("--peers", action="store_true", help="also NIXL and Mooncake, for the rows beside ours")
     parser.add_argument("--prebuilt", type=Path, help="an extension for the host's Python, should its build fail there")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     try:
         headers = pack_headers(args.out / "include")
         pack_packages(args.out / "site", args.pip)
+        if args.peers:
+            pack_peers(args.out / "peers.tar.xz", download_command(args.pip))
     except (ToolchainError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

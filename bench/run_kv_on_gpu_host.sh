@@ -4,14 +4,17 @@
 # Needs python3 with torch, nvcc, and the folder that `python -m bench.pack_gpu_host` made (CARRY, default build/carry).
 # Each step has its own log and time limit; one that fails does not stop the rest. STEPS picks some of them; BENCH_S bounds
 # the benchmark, TOTAL_S everything. Rehearsal without a GPU: BACKEND=loopback STEPS="bench failures".
-# Leaves in OUT: kv_transfer.json, kv_failures.json, headline.txt, and logs.tar.gz with everything else.
+# NIXL and Mooncake (packed with --peers) have a process each, with our rows for the same pages: a crash there costs no more.
+# Leaves in OUT: kv_transfer.json, kv_nixl.json, kv_mooncake.json, kv_failures.json, headline.txt, logs.tar.gz with the rest.
 set -u
 OUT=${OUT:-kv_results}
 CARRY=${CARRY:-build/carry}
 BACKEND=${BACKEND:-cuda}
 BENCH_S=${BENCH_S:-230}
 TOTAL_S=${TOTAL_S:-470}
-STEPS=${STEPS:-build bytes bench links failures tests racecheck memcheck ncu}
+STEPS=${STEPS:-build bytes nixl mooncake bench links failures tests sanitizers ncu}
+PEERS_S=${PEERS_S:-40}
+BENCH_ARGS=${BENCH_ARGS:---tune}
 PYTHON=${PYTHON:-python3}
 logs=$(mktemp -d)
 mkdir -p "$OUT"
@@ -48,22 +51,47 @@ if [ "$BACKEND" = cuda ] && ! ls specgen_engine/_kv.cpython-312*.so >/dev/null 2
 fi
 gpu_tests=("$PYTHON" -m pytest tests/kv/test_gpu_copy.py -q -p no:cacheprovider --timeout 60)
 # Kernels that move wrong bytes are not worth measuring: then only the sanitizers look at them.
-step bytes 90 "${gpu_tests[@]}" --maxfail 10 -k test_every_byte
+step bytes 90 "${gpu_tests[@]}" --maxfail 10 -k "test_every_byte or test_every_path or test_a_mixed"
 case $? in
 1 | 124 | 137)
-    STEPS="tests racecheck memcheck"
-    echo "wrong bytes or a hang: nothing is measured" | tee -a "$summary"
+    STEPS="${ON_WRONG_BYTES:-tests sanitizers}"
+    echo "wrong bytes or a hang: only $STEPS" | tee -a "$summary"
     ;;
 esac
-step bench $((BENCH_S + 30)) "$PYTHON" -m bench.kv_transfer --backend "$BACKEND" --json "$OUT/kv_transfer.json" --tune \
-    --budget-s "$BENCH_S" "${sgl[@]}" "${quick[@]}"
+if [ -f "$CARRY/peers.tar.xz" ] && [ ! -d "$logs/peers" ]; then
+    mkdir "$logs/peers" && tar -C "$logs/peers" -xJf "$CARRY/peers.tar.xz"
+fi
+for library in nixl mooncake; do
+    step "$library" $((PEERS_S + 25)) env PYTHONPATH="$PYTHONPATH:$logs/peers" \
+        LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64:$logs/peers/nixl_cu13.libs" \
+        "$PYTHON" -m bench.kv_transfer --backend "$BACKEND" --json "$OUT/kv_$library.json" --libraries "$library" \
+        --groups ours paths others peers --only single sweep qwen3 glm-5 --skip layer-first --most-mib 256 --no-curve \
+        --budget-s "$PEERS_S" "${sgl[@]}" "${quick[@]}"
+done
+rm -rf "$logs/peers"
+# shellcheck disable=SC2086
+step bench $((BENCH_S + 30)) "$PYTHON" -m bench.kv_transfer --backend "$BACKEND" --json "$OUT/kv_transfer.json" \
+    --budget-s "$BENCH_S" --groups ours paths others both decode $BENCH_ARGS "${sgl[@]}" "${quick[@]}"
 step links 30 "$PYTHON" -m bench.kv_links --json "$logs/kv_links.json"
 step failures 40 "$PYTHON" -m bench.kv_failures --backend "$BACKEND" --json "$OUT/kv_failures.json"
-step tests 60 "${gpu_tests[@]}" -k "not test_every_byte"
-step racecheck 50 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
-step memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.kv_sanitize
+step tests 60 "${gpu_tests[@]}" -k "not test_every_byte and not test_every_path and not test_a_mixed"
+# The tests themselves, each tool on a GPU of its own; a pace can't be kept under them, and lenders' processes aren't followed.
+sanitize() {
+    CUDA_VISIBLE_DEVICES=$2 step "$1" 100 compute-sanitizer --tool "$1" --error-exitcode 9 --kernel-name kns=_pages \
+        "$PYTHON" -m pytest tests/kv/test_gpu_copy.py -q -p no:cacheprovider --timeout 90 -k "not pace and not promises"
+}
+case " $STEPS " in *" sanitizers "*)
+    STEPS="$STEPS memcheck racecheck"
+    sanitize memcheck 0 &
+    sanitize racecheck 1
+    wait
+    ;;
+esac
 step ncu 40 ncu --clock-control none -k regex:copy_pages -c 2 --set full "$PYTHON" -m bench.kv_sanitize --mib 256
 echo "--- steps"
 cat "$summary"
-[ -f "$OUT/kv_transfer.json" ] && "$PYTHON" -m bench.kv_headline "$OUT/kv_transfer.json" | tee "$OUT/headline.txt"
+for report in nixl mooncake transfer; do
+    [ -f "$OUT/kv_$report.json" ] && "$PYTHON" -m bench.kv_headline "$OUT/kv_$report.json"
+done >"$OUT/headline.txt"
+tail -c 9000 "$OUT/headline.txt"
 tar -C "$logs" -czf "$OUT/logs.tar.gz" . && rm -r "$logs"

@@ -9,6 +9,8 @@ cudaError_t prepare_page_copy(uint32_t shared_bytes) {
     cudaFuncAttributes attributes{};
     const cudaError_t loaded = cudaFuncGetAttributes(&attributes, copy_pages_by_vector);
     if (loaded != cudaSuccess) return loaded;
+    const cudaError_t marks_loaded = cudaFuncGetAttributes(&attributes, mark_pages);
+    if (marks_loaded != cudaSuccess) return marks_loaded;
     return cudaFuncSetAttribute(copy_pages_by_bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
 }
 
@@ -27,6 +29,13 @@ cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& sh
         copy_pages_by_bulk<<<shape.blocks, shape.warps * 32, shared_bytes, stream>>>(transfer, tiles, ring, pace,
                                                                                      progress);
     }
+    return cudaGetLastError();
+}
+
+cudaError_t launch_page_marks(const PageTransfer& transfer, bool zero, cudaStream_t stream) {
+    if (transfer.pages == 0) return cudaSuccess;
+    constexpr uint32_t kThreads = 256;
+    mark_pages<<<(transfer.pages + kThreads - 1) / kThreads, kThreads, 0, stream>>>(transfer, zero);
     return cudaGetLastError();
 }
 

@@ -36,4 +36,8 @@ cudaError_t prepare_page_copy(uint32_t shared_bytes);
 cudaError_t launch_page_copy(const PageTransfer& transfer, const LaunchShape& shape, Progress* progress,
                              cudaStream_t stream);
 
+// Enqueues the tags alone, for pages whose bytes a copy engine moves: with `zero` ahead of an export's bytes, without
+// it after an export's or import's.
+cudaError_t launch_page_marks(const PageTransfer& transfer, bool zero, cudaStream_t stream);
+
 }  // namespace specgen

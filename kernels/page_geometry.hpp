@@ -120,6 +120,7 @@ struct PageTransfer {
     uint32_t slot_bytes;  // the largest segment
     uint32_t index_stride;
     Direction direction;
+    bool tagged = true;  // false: tags are neither zeroed, written nor checked
 
     SPECGEN_HOST_DEVICE uint32_t device_page(uint32_t i) const {
         return uint32_t(device_pages[uint64_t(i) * index_stride]) / index_stride;

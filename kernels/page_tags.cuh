@@ -32,6 +32,7 @@ struct Crew {
 
 // Zeroes the tags of all pages that a share touches. The crew must fence before it overwrites a byte of them.
 __device__ __forceinline__ void zero_tags(const PageTransfer& t, const Share& share, const Crew& crew) {
+    if (!t.tagged) return;
     const uint32_t last = share.last_page(t.segments_per_page);
     for (uint32_t i = share.first_page(t.segments_per_page) + crew.member; i <= last; i += crew.members)
         store_tag(t, i, 0);
@@ -66,6 +67,7 @@ __device__ __forceinline__ void check_tags(const PageTransfer& t, const Share& s
 
 // Settles the pages that a share moved whole, once the crew's accesses to them are complete and fenced.
 __device__ __forceinline__ void settle_tags(const PageTransfer& t, const Share& share, const Crew& crew) {
+    if (!t.tagged) return;
     const uint32_t first = share.first_page(t.segments_per_page) + crew.member,
                    last = share.last_page(t.segments_per_page);
     if (t.direction == Direction::kExport) {
@@ -83,7 +85,7 @@ __device__ __forceinline__ void settle_tags(const PageTransfer& t, const Share& 
 __device__ inline void close_cut_pages(const PageTransfer& t, const Tiling& tiling, bool taken_in_turn,
                                        Progress* progress) {
     __shared__ bool is_last;
-    const bool any_cut = tiling.unit != t.segments_per_page;
+    const bool any_cut = t.tagged && tiling.unit != t.segments_per_page;
     if (!any_cut && !taken_in_turn) return;
     __threadfence_system();
     __syncthreads();
@@ -101,6 +103,17 @@ __device__ inline void close_cut_pages(const PageTransfer& t, const Tiling& tili
         }
     }
     if (threadIdx.x == 0) *progress = {};
+}
+
+// For bytes that a copy engine moves: an export's tags before (`zero`) or after its bytes, an import's after them.
+__global__ void __launch_bounds__(256) mark_pages(const PageTransfer t, const bool zero) {
+    const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= t.pages) return;
+    if (zero) {
+        store_tag(t, i, 0);
+    } else {
+        settle_tag(t, i);
+    }
 }
 
 }  // namespace specgen

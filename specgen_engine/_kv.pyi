@@ -14,6 +14,7 @@ __all__: list[str] = [
     "ChannelInvalid",
     "ChannelTimeout",
     "CopyConfig",
+    "CopyPath",
     "CudaChunk",
     "CudaCopier",
     "CudaSpace",
@@ -39,9 +40,11 @@ __all__: list[str] = [
     "pages_in_chunk",
     "peer_credentials",
     "plan_page_layout",
+    "plan_staging",
     "plan_tiles",
     "receive_frame",
     "select_copy_config",
+    "select_copy_path",
     "select_planes",
     "send_frame",
 ]
@@ -166,6 +169,47 @@ class ArenaLayout:
     def __int__(self) -> int: ...
     @typing.overload
     def __ne__(self, other: ArenaLayout) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class CopyPath:
+    """
+    How bytes travel: see csrc/copy/copy_path.hpp.
+
+    Members:
+
+      AUTO
+
+      DIRECT
+
+      ENGINE
+
+      STAGED
+    """
+
+    AUTO: typing.ClassVar[CopyPath]
+    DIRECT: typing.ClassVar[CopyPath]
+    ENGINE: typing.ClassVar[CopyPath]
+    STAGED: typing.ClassVar[CopyPath]
+    __members__: typing.ClassVar[dict[str, CopyPath]]
+    @typing.overload
+    def __eq__(self, other: CopyPath) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: CopyPath) -> bool: ...
     @typing.overload
     def __ne__(self, other: typing.Any) -> bool: ...
     def __repr__(self) -> str: ...
@@ -316,7 +360,7 @@ class DeviceTables:
 
 class CudaCopier:
     """
-    Page copies by one kernel each, on a stream of its own.
+    Page copies on a stream of its own; large page-first ones through local staging memory.
     """
     def __init__(
         self,
@@ -326,6 +370,7 @@ class CudaCopier:
         sm_budget: typing.SupportsInt | typing.SupportsIndex = 16,
         max_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0,
         timeout_ms: typing.SupportsInt | typing.SupportsIndex = 10000,
+        staging_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     def done(self, ticket: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def launch(
@@ -339,6 +384,10 @@ class CudaCopier:
     def order_after(
         self, ticket: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex
     ) -> None: ...
+    def path_for(self, pages: typing.SupportsInt | typing.SupportsIndex) -> CopyPath:
+        """
+        What AUTO stands for with so many pages.
+        """
     def select(self, direction: Direction, pages: typing.SupportsInt | typing.SupportsIndex) -> CopyConfig: ...
     def submit(
         self,
@@ -347,6 +396,7 @@ class CudaCopier:
         arena_pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int64],
         generations: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
         after_stream: typing.SupportsInt | typing.SupportsIndex = 0,
+        path: CopyPath = ...,
     ) -> int: ...
     def take_flags(self, ticket: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.int32]: ...
     def wait(
@@ -396,6 +446,16 @@ def plan_page_layout(
     Cut a page into segments. Raises UsageError naming the plane and the value.
     """
 
+def plan_staging(
+    arena_pages: typing.Annotated[numpy.typing.ArrayLike, numpy.int64],
+    pages_per_chunk: typing.SupportsInt | typing.SupportsIndex,
+    piece_pages: typing.SupportsInt | typing.SupportsIndex,
+    most_runs: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[numpy.typing.NDArray[numpy.uint32], list[tuple[int, int]], int]:
+    """
+    (order, (first, pages) of each run, pages packed): which pages the copy engine carries.
+    """
+
 def plan_tiles(
     pages: typing.SupportsInt | typing.SupportsIndex,
     segments_per_page: typing.SupportsInt | typing.SupportsIndex,
@@ -419,6 +479,9 @@ def select_copy_config(
     direction: Direction,
     sm_budget: typing.SupportsInt | typing.SupportsIndex,
 ) -> CopyConfig: ...
+def select_copy_path(
+    total_bytes: typing.SupportsInt | typing.SupportsIndex, pieces_fit: bool, paced: bool
+) -> CopyPath: ...
 def select_planes(
     layout: PageLayout,
     first: typing.SupportsInt | typing.SupportsIndex,

@@ -1,6 +1,7 @@
 // What the benchmark compares with: the copy engine, contiguous and in batches.
 #include <cuda_runtime_api.h>
 
+#include "../copy/staging_ring.hpp"
 #include "../utils/driver.hpp"
 #include "arrays.hpp"
 #include "register.hpp"
@@ -22,14 +23,8 @@ void copy_batch(const Array<uint64_t>& targets, const Array<uint64_t>& sources, 
         throw UsageError(concat(targets.size(), " targets, ", sources.size(), " sources, ", sizes.size(),
                                 " sizes: the counts must agree"));
     }
-    cudaMemcpyAttributes attributes{};
-    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-    size_t first = 0;
-    check_cuda(cudaMemcpyBatchAsync(reinterpret_cast<void* const*>(targets.data()),
-                                    reinterpret_cast<const void* const*>(sources.data()),
-                                    reinterpret_cast<const size_t*>(sizes.data()), size_t(sizes.size()), &attributes,
-                                    &first, 1, reinterpret_cast<cudaStream_t>(stream)),
-               "cudaMemcpyBatchAsync");
+    enqueue_engine_batch(targets.data(), sources.data(), sizes.data(), size_t(sizes.size()),
+                         reinterpret_cast<cudaStream_t>(stream));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "../copy/copy_config.hpp"
+#include "../copy/copy_path.hpp"
 #include "../copy/loopback_copier.hpp"
 #include "arrays.hpp"
 #include "register.hpp"
@@ -14,6 +15,11 @@ void register_copy(py::module_& module) {
     py::enum_<ArenaLayout>(module, "ArenaLayout")
         .value("LAYER_FIRST", ArenaLayout::kLayerFirst)
         .value("PAGE_FIRST", ArenaLayout::kPageFirst);
+    py::enum_<CopyPath>(module, "CopyPath", "How bytes travel: see csrc/copy/copy_path.hpp.")
+        .value("AUTO", CopyPath::kAuto)
+        .value("DIRECT", CopyPath::kDirect)
+        .value("ENGINE", CopyPath::kEngine)
+        .value("STAGED", CopyPath::kStaged);
     module.attr("PAGE_MATCHES") = int(kPageMatches);
     module.attr("PAGE_STALE") = int(kPageStale);
     py::class_<Plane>(module, "Plane",
@@ -62,6 +68,17 @@ void register_copy(py::module_& module) {
         },
         py::arg("pages"), py::arg("segments_per_page"), py::arg("workers"), py::arg("per_worker"),
         "(first, end) of each tile's segments, as the kernels cut a transfer.");
+    module.def(
+        "plan_staging",
+        [](const Array<int64_t>& arena_pages, uint32_t pages_per_chunk, uint32_t piece_pages, uint32_t most_runs) {
+            const StagingPlan plan = plan_staging(to_vector(arena_pages), pages_per_chunk, piece_pages, most_runs);
+            std::vector<std::pair<uint32_t, uint32_t>> runs;
+            for (const Run& run : plan.runs) runs.emplace_back(run.first, run.pages);
+            return py::make_tuple(to_array(plan.order), runs, plan.packed);
+        },
+        py::arg("arena_pages"), py::arg("pages_per_chunk"), py::arg("piece_pages"), py::arg("most_runs"),
+        "(order, (first, pages) of each run, pages packed): which pages the copy engine carries.");
+    module.def("select_copy_path", &select_copy_path, py::arg("total_bytes"), py::arg("pieces_fit"), py::arg("paced"));
     py::class_<LoopbackCopier>(module, "LoopbackCopier",
                                "Page copies in host memory, in order, on a thread of its own.")
         .def(py::init<PageLayout, uint64_t, uint32_t>(), py::arg("layout"), py::arg("arena_base"),

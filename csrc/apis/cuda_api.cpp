@@ -19,11 +19,16 @@ int device_count() {
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-// The GIL guards the copier: it is dropped only between looks.
+// The GIL guards the copier: it is dropped only between looks, which at first follow at once: a small copy is over in
+// less time than a sleeping thread needs to wake up.
 bool wait_for_copy(CudaCopier& copier, uint64_t ticket, int timeout_ms) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(timeout_ms);
+    constexpr auto kImpatient = std::chrono::microseconds(100);
+    const auto start = std::chrono::steady_clock::now();
+    const auto end = start + std::chrono::milliseconds(timeout_ms);
     while (!copier.done(ticket)) {
-        if (std::chrono::steady_clock::now() > end) return false;
+        const auto now = std::chrono::steady_clock::now();
+        if (now > end) return false;
+        if (now - start < kImpatient) continue;
         py::gil_scoped_release release;
         std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
@@ -55,19 +60,26 @@ void register_cuda(py::module_& module) {
         .def(py::init<uint64_t, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>(), py::arg("device_pages"),
              py::arg("arena_pages"), py::arg("generations"), py::arg("flags"), py::arg("pages"),
              py::arg("index_stride") = 1);
-    py::class_<CudaCopier>(module, "CudaCopier", "Page copies by one kernel each, on a stream of its own.")
-        .def(py::init<PageLayout, uint64_t, int, uint32_t, double, uint32_t>(), py::arg("layout"),
-             py::arg("arena_base"), py::arg("device"), py::arg("sm_budget") = 16, py::arg("max_gbps") = 0.0,
-             py::arg("timeout_ms") = 10000)
+    py::class_<CudaCopier>(module, "CudaCopier",
+                           "Page copies on a stream of its own; large page-first ones through local staging memory.")
+        .def(py::init([](PageLayout layout, uint64_t arena_base, int device, uint32_t sm_budget, double max_gbps,
+                         uint32_t timeout_ms, uint64_t staging_bytes) {
+                 return std::make_unique<CudaCopier>(std::move(layout), arena_base, device,
+                                                     CopierOptions{sm_budget, max_gbps, timeout_ms, staging_bytes});
+             }),
+             py::arg("layout"), py::arg("arena_base"), py::arg("device"), py::arg("sm_budget") = 16,
+             py::arg("max_gbps") = 0.0, py::arg("timeout_ms") = 10000, py::arg("staging_bytes") = 0)
         .def(
             "submit",
             [](CudaCopier& self, Direction direction, const Array<int64_t>& device_pages,
-               const Array<int64_t>& arena_pages, const Array<uint64_t>& generations, uint64_t after_stream) {
+               const Array<int64_t>& arena_pages, const Array<uint64_t>& generations, uint64_t after_stream,
+               CopyPath path) {
                 return self.submit(direction, {to_vector(device_pages), to_vector(arena_pages), to_vector(generations)},
-                                   after_stream);
+                                   after_stream, path);
             },
             py::arg("direction"), py::arg("device_pages"), py::arg("arena_pages"), py::arg("generations"),
-            py::arg("after_stream") = 0)
+            py::arg("after_stream") = 0, py::arg_v("path", CopyPath::kAuto, "CopyPath.AUTO"))
+        .def("path_for", &CudaCopier::path_for, py::arg("pages"), "What AUTO stands for with so many pages.")
         .def("done", &CudaCopier::done, py::arg("ticket"))
         .def("wait", &wait_for_copy, py::arg("ticket"), py::arg("timeout_ms"))
         .def(

@@ -28,6 +28,17 @@ void PageList::check() const {
     }
 }
 
+PageList PageList::reordered(const std::vector<uint32_t>& order) const {
+    PageList list;
+    for (auto [from, to] : {std::pair{&device_pages, &list.device_pages}, std::pair{&arena_pages, &list.arena_pages}}) {
+        to->reserve(order.size());
+        for (const uint32_t position : order) to->push_back((*from)[position]);
+    }
+    list.generations.reserve(order.size());
+    for (const uint32_t position : order) list.generations.push_back(generations[position]);
+    return list;
+}
+
 void copy_pages(const PageLayout& layout, uint64_t arena_base, Direction direction, const PageList& pages,
                 int32_t* flags) {
     const ArenaView view = layout.view(arena_base);

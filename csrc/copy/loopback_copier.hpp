@@ -19,6 +19,7 @@ struct PageList {
     std::vector<uint64_t> generations;
 
     void check() const;  // throws UsageError on unequal lengths
+    PageList reordered(const std::vector<uint32_t>& order) const;
 };
 
 // The kernel's contract in plain C++: tags zeroed before, written after (export); flags set (import).

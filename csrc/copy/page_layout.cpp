@@ -84,4 +84,20 @@ PageLayout select_planes(const PageLayout& layout, uint32_t first, uint32_t coun
     return part;
 }
 
+std::vector<Segment> PageLayout::rows() const {
+    std::vector<Segment> joined;
+    for (const Segment& segment : segments) {
+        const bool continues = !joined.empty() && joined.back().device_stride == segment.device_stride &&
+                               joined.back().arena_stride == segment.arena_stride &&
+                               joined.back().device_base + joined.back().bytes == segment.device_base &&
+                               joined.back().arena_offset + joined.back().bytes == segment.arena_offset;
+        if (continues) {
+            joined.back().bytes += segment.bytes;
+        } else {
+            joined.push_back(segment);
+        }
+    }
+    return joined;
+}
+
 }  // namespace specgen

@@ -28,6 +28,8 @@ struct PageLayout {
     std::vector<Segment> segments;
     std::vector<uint32_t> plane_ends;  // the segment after each plane's last
 
+    // The segments before they were cut to size: one a plane, or fewer where planes lie side by side on both sides.
+    std::vector<Segment> rows() const;
     ArenaView view(uint64_t base) const { return {base, chunk_bytes, tag_offset, pages_per_chunk, 0}; }
 };
 

@@ -1,4 +1,4 @@
-"""The transport over a peer GPU's memory: cuMemCreate chunks, one kernel a copy."""
+"""The transport over a peer GPU's memory: cuMemCreate chunks, one kernel a copy, or SMs and copy engine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class CudaBackend:
         sm_budget: SMs a copy may occupy on the borrower.
         max_gbps: pace of each copy in 1e9 bytes a second; 0 for as fast as it goes.
         copy_timeout_ms: bound on a single load inside a copy; beyond it the kernel traps.
+        staging_bytes: memory of `device` through which large copies of page-first arenas go, packed by SMs and carried
+            by the copy engine; taken when an arena is made. 0: every copy is one kernel.
 
     Raises:
         KvError: the extension has no CUDA part, or there is no such device.
@@ -21,7 +23,14 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, device: int, sm_budget: int = 16, max_gbps: float = 0.0, copy_timeout_ms: int = 10_000) -> None:
+    def __init__(
+        self,
+        device: int,
+        sm_budget: int = 16,
+        max_gbps: float = 0.0,
+        copy_timeout_ms: int = 10_000,
+        staging_bytes: int = 64 << 20,
+    ) -> None:
         if not _kv.HAS_CUDA:
             raise KvError(
                 "the extension was built without CUDA: install nvcc (nvidia-cuda-nvcc) and nvidia-cutlass, then rebuild"
@@ -33,6 +42,7 @@ class CudaBackend:
         self.sm_budget = sm_budget
         self.max_gbps = max_gbps
         self.copy_timeout_ms = copy_timeout_ms
+        self.staging_bytes = staging_bytes
 
     def chunk(self, chunk_bytes: int) -> _kv.CudaChunk:
         return _kv.CudaChunk(self.device, chunk_bytes)
@@ -41,4 +51,6 @@ class CudaBackend:
         return _kv.CudaSpace(self.device, slots, chunk_bytes)
 
     def copier(self, layout: _kv.PageLayout, base: int) -> _kv.CudaCopier:
-        return _kv.CudaCopier(layout, base, self.device, self.sm_budget, self.max_gbps, self.copy_timeout_ms)
+        return _kv.CudaCopier(
+            layout, base, self.device, self.sm_budget, self.max_gbps, self.copy_timeout_ms, self.staging_bytes
+        )

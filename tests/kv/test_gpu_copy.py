@@ -32,6 +32,12 @@ CONFIGS = {
 }
 
 
+def _current_stream() -> int:
+    import torch
+
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
 @pytest.fixture(scope="module")
 def lender() -> Iterator[Any]:
     from bench.kv_rig import LenderProcess
@@ -67,6 +73,49 @@ def test_every_byte_and_tag_both_ways(rig: Any, name: str) -> None:
             given = CONFIGS[name]
             config = _kv.CopyConfig(*given) if given else rig.copier.select(direction, pages)
             assert verify(lambda t, d=direction, c=config: rig.copier.launch(d, t.addresses(), c, stream), tables, True)
+
+
+@pytest.mark.parametrize("path", ["DIRECT", "ENGINE", "STAGED"])
+def test_every_path_moves_every_byte_and_tag(rig: Any, path: str) -> None:
+    from bench.kv_paths import Submitter
+
+    sets = [rig.tables(pages) for pages in (1, 3, rig.pages // 2)] + [rig.sequential_tables(rig.pages // 2)]
+    for staging_pages in (4, 40):  # pieces of one page, and of ten
+        staging = staging_pages * rig.shape.page_bytes
+        for way, verify in (("push", rig.verify_push), ("pull", rig.verify_pull)):
+            if path == "STAGED" and rig.shape.layout == "layer_first":
+                with pytest.raises(ValueError, match="path=STAGED: the arena must be page-first"):
+                    Submitter(rig, way, _kv.CopyPath.STAGED, sets, 16, staging)
+                continue
+            call = Submitter(rig, way, getattr(_kv.CopyPath, path), sets, 16, staging).call()
+            for tables in sets:
+                assert verify(lambda t, c=call: c(t, _current_stream()), tables, True)
+
+
+def test_a_mixed_transfer_moves_every_byte_and_reports_stale_pages_in_the_callers_order(rig: Any) -> None:
+    if rig.shape.layout == "layer_first":
+        pytest.skip("pages of a layer-first arena are never staged")
+    copier = _kv.CudaCopier(rig.arena.layout, rig.base, 0, 16, 0.0, 10_000, 8 * rig.shape.page_bytes)
+    rig.arena.export(range(rig.pages), rig.refs).result()
+    count = rig.pages // 2
+    tables = rig.tables(count)
+    device, arena, generations = (column.cpu().numpy() for column in tables[:3])
+    packed = _kv.plan_staging(arena, rig.arena.layout.pages_per_chunk, 2, count * rig.shape.page_bytes >> 20)[2]
+    assert 0 < packed < count, "8 MiB of random small pages have more runs than their bytes allow"
+    wrong = np.zeros(count, np.uint64)
+    wrong[::3] = 1
+    ticket = copier.submit(
+        _kv.Direction.IMPORT, device, arena, generations.view(np.uint64) + wrong, 0, _kv.CopyPath.STAGED
+    )
+    assert copier.wait(ticket, 10_000)
+    assert (copier.take_flags(ticket) == np.where(wrong == 1, _kv.PAGE_STALE, _kv.PAGE_MATCHES)).all()
+
+
+def test_a_pace_is_kept_by_the_direct_path_alone(rig: Any) -> None:
+    copier = _kv.CudaCopier(rig.arena.layout, rig.base, 0, 16, 50.0, 10_000, 8 * rig.shape.page_bytes)
+    columns = [column.cpu().numpy() for column in rig.tables(2)[:3]]
+    with pytest.raises(ValueError, match=r"max_gbps=50: only CopyPath\.DIRECT keeps a pace"):
+        copier.submit(_kv.Direction.EXPORT, columns[0], columns[1], columns[2].view(np.uint64), 0, _kv.CopyPath.ENGINE)
 
 
 def test_import_reports_exactly_the_stale_pages(rig: Any) -> None:

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,10 +40,10 @@ def test_there_are_kernels() -> None:
 def test_kernel_compiles_for_sm_90a_without_spills(source: Path, tmp_path: Path) -> None:
     said = compile_kernel(source, tmp_path / "kernel.o")
     functions = re.findall(r"Compiling entry function '(\S+)' for 'sm_90a'", said)
-    assert len(functions) == 2, said
+    assert len(functions) == 3, said
     assert (
         re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-        == [("0", "0", "0")] * 2
+        == [("0", "0", "0")] * 3
     )
 
 
@@ -140,6 +141,54 @@ def test_tiles_cover_every_segment_once_and_end_each_page_once(
     # As the last block counts them: a tile that starts inside a page and holds its end.
     cut = sum(1 for begin, end in filled if begin % per_page and end >= (begin // per_page + 1) * per_page)
     assert whole + cut == pages
+
+
+@given(
+    pages=st.lists(st.integers(0, 60), max_size=80),
+    per_chunk=st.integers(1, 20),
+    piece=st.integers(1, 9),
+    most_runs=st.integers(0, 30),
+)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_a_staging_plan_has_every_page_once_and_runs_the_copy_engine_can_move(
+    pages: list[int], per_chunk: int, piece: int, most_runs: int
+) -> None:
+    order, runs, packed = _kv.plan_staging(np.array(pages, np.int64), per_chunk, piece, most_runs)
+    assert sorted(order.tolist()) == list(range(len(pages)))
+    assert sum(count for _, count in runs) == packed <= len(pages)
+    assert len(runs) <= most_runs + packed // piece  # a run cut at a piece's end counts twice
+    at = 0
+    for first, count in runs:
+        assert first == at
+        assert first // piece == (first + count - 1) // piece
+        listed = [pages[position] for position in order[first : first + count].tolist()]
+        assert listed == list(range(listed[0], listed[0] + count))
+        assert listed[0] // per_chunk == listed[-1] // per_chunk
+        at += count
+    packed_pages = [pages[position] for position in order[:packed].tolist()]
+    assert len(set(packed_pages)) == packed  # a repeated page goes directly
+    if most_runs >= len(pages):
+        assert set(packed_pages) == set(pages)
+
+
+def test_a_staging_plan_packs_the_longest_runs() -> None:
+    order, runs, packed = _kv.plan_staging(np.array([9, 1, 2, 3, 5, 6, 20]), 100, 50, 2)
+    assert packed == 5
+    assert {tuple(order[first : first + count].tolist()) for first, count in runs} == {(1, 2, 3), (4, 5)}
+    assert order[packed:].tolist() == [0, 6]
+
+
+@pytest.mark.parametrize(
+    ("mib", "fits", "paced", "path"),
+    [
+        (1024, True, False, "STAGED"),
+        (63, True, False, "DIRECT"),
+        (1024, False, False, "DIRECT"),
+        (1024, True, True, "DIRECT"),
+    ],
+)
+def test_only_large_unpaced_copies_of_pages_that_fit_are_staged(mib: int, fits: bool, paced: bool, path: str) -> None:
+    assert _kv.select_copy_path(mib << 20, fits, paced) == getattr(_kv.CopyPath, path)
 
 
 def test_equal_shares_differ_little_and_the_last_tiles_are_fine() -> None:

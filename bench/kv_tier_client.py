@@ -1,0 +1,108 @@
+"""One server, as bench.kv_tier talks to it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import httpx
+
+from specgen_engine.errors import SpecGenError
+
+VOCABULARY = (1_000, 40_000)
+SUFFIX = 8
+
+
+class Answer(NamedTuple):
+    """`seconds` from sending to the answer's end; `device` and `tier`: prompt tokens by where their KV was."""
+
+    seconds: float
+    ids: list[int]
+    device: int
+    tier: int
+
+
+class Decodes:
+    """Long generations in the background; `rate()` is tokens a second since the last call."""
+
+    def __init__(self, client: Client, count: int, tokens: int) -> None:
+        self._tokens = [0] * count
+        self._at = time.monotonic()
+        self._seen = 0
+        self._threads = [
+            threading.Thread(target=self._run, args=(client, i, tokens), daemon=True) for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, client: Client, index: int, tokens: int) -> None:
+        params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        body = {"input_ids": random_ids(1_000 + index, 64), "sampling_params": params, "stream": True}
+        with httpx.stream("POST", f"{client.url}/generate", json=body, timeout=600) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data:") and "[DONE]" not in line:
+                    self._tokens[index] += 1
+
+    @property
+    def alive(self) -> int:
+        return sum(thread.is_alive() for thread in self._threads)
+
+    def rate(self) -> float:
+        now, total = time.monotonic(), sum(self._tokens)
+        rate = (total - self._seen) / (now - self._at)
+        self._at, self._seen = now, total
+        return rate
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+class Client:
+    """`bytes_per_token` of KV, as the server's pool has them."""
+
+    def __init__(self, url: str, bytes_per_token: int) -> None:
+        self.url = url
+        self.bytes_per_token = bytes_per_token
+        self._suffix = 0
+        self._http = httpx.Client(timeout=600)
+
+    def ask(self, prefix: list[int], tokens: int = 1, suffix: int | None = None) -> Answer:
+        """Greedy. The suffix is fresh unless its number is given. Raises SpecGenError when the server refuses."""
+        self._suffix += 1
+        ids = prefix + random_ids(10**6 + (self._suffix if suffix is None else suffix), SUFFIX)
+        body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}
+        start = time.perf_counter()
+        response = self._http.post(f"{self.url}/generate", json=body)
+        seconds = time.perf_counter() - start
+        if not response.is_success:
+            raise SpecGenError(f"{self.url}: {response.status_code} {response.text[:300]}")
+        answer = response.json()
+        details = answer["meta_info"].get("cached_tokens_details") or {}
+        device = details.get("device", answer["meta_info"].get("cached_tokens", 0))
+        return Answer(seconds, answer["output_ids"], device, details.get("host", 0))
+
+    def ask_all(self, prefixes: list[list[int]]) -> tuple[list[Answer], float]:
+        """At once; (answers, seconds until the last)."""
+        with ThreadPoolExecutor(len(prefixes)) as threads:
+            start = time.perf_counter()
+            answers = list(threads.map(lambda prefix: self.ask(prefix), prefixes))
+            return answers, time.perf_counter() - start
+
+    def flush(self) -> None:
+        for _ in range(50):
+            if self._http.post(f"{self.url}/flush_cache").is_success:
+                return
+            time.sleep(0.1)
+        raise SpecGenError(f"{self.url}: the cache can't be flushed: requests are still running")
+
+    def tier_state(self) -> Any:
+        return self._http.get(f"{self.url}/server_info").json()["internal_states"][0].get("specgen_kv")
+
+
+def random_ids(seed: int, count: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(*VOCABULARY) for _ in range(count)]
