@@ -1,6 +1,7 @@
 """The elastic scheduler against every static split and FIFO, simulated with the policy that the live pool runs.
 
     python -m bench.elastic [--quick] --seed N --json F --plot F.png [--scores scores.json]
+    python -m bench.elastic --live ...    one burst on live workers beside the simulator (bench/elastic_live.py)
 
 Every policy sees the same candidates (bench/elastic_workload.py). Static splits and FIFO serve in order of arrival;
 elastic runs one configuration for all scenarios. Admission is off: it would spare elastic alone what comes too late.
@@ -19,12 +20,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from bench.elastic_sim import Result, simulate
 from bench.elastic_workload import SCENARIOS, ServiceError, ServiceFit, fit_scores, workload
-from bench.machine import new_report
+from bench.machine import new_report, write_report
 from specgen_engine.pools.policy import PolicyConfig
 
 SCHEMA = "specgen.elastic/1"
@@ -148,6 +146,9 @@ def _median(rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
 
 
 def print_table(summary: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title="elastic, medians over seeds; missed goals in brackets", title_justify="left")
     for name in ("scenario", "gpus", "searches", "seeds", "util", "held", "whole", "useful", "p50 s", "p95 s", "fifo",
                  "best static", "/best", "median/", "share", "switch/GPU s", "us p99"):  # fmt: skip
@@ -233,6 +234,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--switch-s", type=float, default=PolicyConfig().switch_s, help="seconds that a role switch takes"
     )
     parser.add_argument("--seeds", type=int, help="seeds a case, instead of each case's own number")
+    live = parser.add_argument_group("--live")
+    live.add_argument("--live", action="store_true", help="run a burst on live workers and simulate it")
+    live.add_argument("--devices", default="cpu,cpu", help="one worker each: cpu or cuda:N (two or more)")
+    live.add_argument("--traces", type=Path, help="recorded answers (Triton ones are taken); default: synthetic ones")
+    live.add_argument("--only", default="", help="regular expression on an answer's path")
+    live.add_argument("--count", type=int, default=30, help="candidates")
+    live.add_argument("--bursts", type=int, default=2, help="that they arrive in, each within a second")
+    live.add_argument("--gap-s", type=float, default=8.0, help="from one burst to the next")
+    live.add_argument("--profile-stage", choices=("time", "profile"), default="time")
     options = parser.parse_args(arguments)
     for name in ("json", "plot"):
         path = getattr(options, name)
@@ -240,13 +250,41 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {path}: its folder does not exist; make it first")
     if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot {options.plot}: use a name that ends in .png, .pdf or .svg")
+    if options.live and (options.count < 2 or options.bursts < 1 or len(options.devices.split(",")) < 2):
+        parser.error("--live: use at least two devices, two candidates and one burst")
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: use at least 1")
     return options
 
 
+def run_live(options: argparse.Namespace) -> int:
+    from bench import elastic_live
+    from specgen_engine.evaluation.limits import EvaluationLimits
+    from specgen_engine.pools.base import JobStage
+
+    how = options.count, options.bursts, options.gap_s, options.seed
+    on_cpu = options.devices.startswith("cpu")
+    limits = EvaluationLimits(check_seeds=1, timing_budget_s=0.03, precision=1.0) if on_cpu else EvaluationLimits()
+    try:
+        arrivals = (
+            elastic_live.recorded(options.traces, options.only, *how)
+            if options.traces
+            else elastic_live.synthetic(*how)
+        )
+        found = elastic_live.compare(arrivals, options.devices.split(","), JobStage(options.profile_stage), limits)
+    except (ValueError, RuntimeError) as error:
+        print(f"bench.elastic: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(elastic_live.lines(found)))
+    if options.json:
+        write_report(options.json, new_report("specgen.elastic-live/1", options.seed) | found)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    if options.live:
+        return run_live(options)
     try:
         fit = fit_scores(options.scores) if options.scores else ServiceFit()
         config = replace(PolicyConfig(), switch_s=options.switch_s)

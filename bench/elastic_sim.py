@@ -43,12 +43,22 @@ class FifoState:
         self._waiting: set[str] = set()
         self._running: dict[int, JobView] = {}
 
-    def add_search(self, search: str) -> None:
+    def add_search(self, search: str, weight: float = 1.0) -> None:
         """Order of arrival knows no searches."""
+
+    def end_search(self, search: str) -> None:
+        """Nor their ends."""
 
     def add_gpu(self, index: int, role: Role) -> None:
         self._roles[index] = role
         self._idle[role][index] = None
+
+    def remove_gpu(self, index: int) -> JobView | None:
+        self._idle[self._roles.pop(index)].pop(index, None)
+        return self._running.pop(index, None)
+
+    def gpu_roles(self) -> dict[int, Role]:
+        return dict(self._roles)
 
     def submit(self, job: JobView, now: float) -> None:
         self._queues[job.role].append(job._replace(submitted=now))
@@ -250,7 +260,7 @@ class Simulation:
 
     def execute(self, assignment: Assignment) -> Generator[Any, Any, None]:
         """What a GPU does from one decision to the next: perhaps a switch, perhaps a job, perhaps killed on the way."""
-        job, began, killed = assignment.job, None, False
+        job, held, began, killed = assignment.job, None, None, False
         try:
             if assignment.switch:
                 self.count_switch(assignment.gpu)
@@ -258,22 +268,27 @@ class Simulation:
                 yield self.env.timeout(self.config.switch_s)
                 self.clock.move(self.env.now, held=-int(job is not None))
             if job is not None:
-                began = self.env.now
-                self.clock.move(began, busy=1, waiting=-1)
+                held = self.env.now
+                self.clock.move(held, waiting=-1)
                 candidate = self.candidate(job)
+                checks = job.role is Role.VALIDATE
+                if idle_s := candidate.check_idle_s if checks else candidate.profile_idle_s:
+                    yield self.env.timeout(idle_s)
+                began = self.env.now
+                self.clock.move(began, busy=1)
                 self.began[assignment.gpu] = candidate.search, began
-                yield self.env.timeout(candidate.check_s if job.role is Role.VALIDATE else candidate.profile_s)
+                yield self.env.timeout(candidate.check_s if checks else candidate.profile_s)
         except simpy.Interrupt:
             killed = True
         now = self.env.now
         busy_s = 0.0 if began is None else now - began
         started = time.perf_counter()
-        self.state.release(assignment.gpu, now, busy_s, finished=not killed)
+        self.state.release(assignment.gpu, now, 0.0 if held is None else now - held, finished=not killed)
         spent = time.perf_counter() - started
         self.running.pop(assignment.gpu)
         self.began.pop(assignment.gpu, None)
         if job is not None:
-            self.clock.move(now, busy=-1 if began is not None else 0, waiting=-1 if began is None else 0)
+            self.clock.move(now, busy=-1 if began is not None else 0, waiting=-1 if held is None else 0)
             self.after(job, assignment.gpu, busy_s, killed)
         self.decide(spent)
 

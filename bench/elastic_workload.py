@@ -117,7 +117,10 @@ SCENARIOS = {
 
 
 class Candidate(NamedTuple):
-    """One candidate with everything that will happen to it. ready_s: compiled, after submitted_s."""
+    """One candidate with everything that will happen to it. ready_s: compiled, after submitted_s.
+
+    check_idle_s, profile_idle_s: for how long its job holds a GPU without working on it (a live pool compiles there).
+    """
 
     number: int
     search: int
@@ -129,6 +132,8 @@ class Candidate(NamedTuple):
     profile_s: float
     correct: bool
     ends: bool
+    check_idle_s: float = 0.0
+    profile_idle_s: float = 0.0
 
 
 class Workload(NamedTuple):
