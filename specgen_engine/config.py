@@ -58,6 +58,7 @@ class ForkConfig(Section):
     )
     max_tokens: int = Field(default=2048, ge=1, description="cap on the tokens of one fork")
     per_search: int = Field(default=4, ge=1, description="forks in flight for one search")
+    feedback: bool = Field(default=False, description="tell a fork of the search's last failed candidate's error")
     total: int = Field(default=16, ge=1, description="forks in flight on this server")
 
 
@@ -86,6 +87,9 @@ class EvaluationConfig(Section):
     )
     sandbox: Literal["auto", "require", "off"] = Field(
         "auto", description="isolation of candidates; require refuses less than the best"
+    )
+    profile: Literal["off", "auto", "ncu", "nsys", "cupti", "torch.profiler"] = Field(
+        "off", description="profile every correct candidate, auto: by the best tool here; its verdict waits for it"
     )
 
 
@@ -139,6 +143,9 @@ class SpecGenConfig(Section):
     tasks: TaskConfig = Field(default_factory=TaskConfig)
     kv: KvConfig = Field(default_factory=KvConfig)
     replay: tuple[Path, ...] = Field(default=(), description="trace folders; recorded ids replace sampled ones")
+    adaptive_state: Path | None = Field(
+        default=None, description="file in which the adaptive trigger keeps what it has learnt (default: in memory)"
+    )
     history: int = Field(default=256, ge=1, description="finished searches kept for GET /specgen/searches")
     allow_untrusted: bool = Field(
         default=False, description="take tasks from prompts even where anyone can reach the server without an API key"

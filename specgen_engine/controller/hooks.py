@@ -55,7 +55,10 @@ def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
         memory_bytes=int(wanted.memory_gb * (1 << 30)),
         sandbox={"auto": "prefer"}.get(wanted.sandbox, wanted.sandbox),
     )
-    return LocalPool(workers=wanted.workers, device=_device(settings, server_args), limits=limits, cache=wanted.cache)
+    pool = LocalPool(workers=wanted.workers, device=_device(settings, server_args), limits=limits, cache=wanted.cache)
+    if wanted.profile != "off":
+        pool.evaluate_options = {"profile": wanted.profile}
+    return pool
 
 
 def _device(settings: SpecGenConfig, server_args: Any) -> str:

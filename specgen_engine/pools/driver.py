@@ -28,6 +28,9 @@ class Driver(Dispatcher):
     first_role: of a slot that comes up.
     """
 
+    evaluate_options: Mapping[str, object] | None = None
+    """What every evaluation is asked for besides its own options."""
+
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -143,6 +146,8 @@ class Driver(Dispatcher):
         wall = None if deadline is None else time.time() + deadline - time.monotonic()
         if could_end is None:
             could_end = priority > 0 or STAGES[stage].role is Role.PROFILE
+        if stage is JobStage.EVALUATE:
+            options = {**(self.evaluate_options or {}), **(options or {})}
         order = Order(stage, task, candidate, search, priority, wall, fork, could_end, options)
         name = job or f"{self.life}/{next(self._numbers)}"
         self.ledger.journal.submit(name, search, stage, order.to_json())
