@@ -1,61 +1,27 @@
-"""What /specgen/* answers, for its OpenAPI description; a test holds the records against these models."""
+"""What /specgen/* answers, for its OpenAPI description: made from the records, so that it can't say something else."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from specgen_engine.controller.report import CandidateRecord, ForkRecord
+from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord
 
-Chosen = dict[str, Any]
+_LISTS = ("ids", "forks", "candidates")
 
 
 class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class SearchFields(Closed):
-    """Of one search. Times are seconds from its start, tokens are counts; ended_by is null while it runs."""
-
-    id: str
-    task: str
-    task_hash: str
-    trigger: str
-    termination: str
-    created: float = Field(description="seconds since the epoch")
-    named: bool
-    trace: str | None
-    iteration: int | None
-    state: str = Field(description="preparing, reasoning, answering, competing or ended")
-    prompt_tokens: int
-    reasoning_tokens: int
-    recorded_reasoning_tokens: int | None
-    answer_tokens: int
-    fork_tokens: int
-    forks_skipped: int
-    ended_by: str | None = Field(description="criterion, reasoning, budget, cancelled or error")
-    reason: str
-    reasoning_s: float | None
-    wall_s: float | None
-    evaluation_s: float
-    accepted: Chosen | None
-    best: Chosen | None
-    final: Chosen | None
-    warning: str
-    tokens: dict[str, int]
-    seconds: dict[str, float | None]
-
-
-class SearchRow(SearchFields):
-    forks: int = Field(description="how many")
-    candidates: int = Field(description="how many distinct ones")
-
-
-class Searches(Closed):
-    searches: list[SearchRow]
-    pool: dict[str, Any]
-    prompt_tasks_refused: str = Field(description="why no tasks are taken from prompts; empty when they may be")
+def _of_a_search(name: str, doc: str, **more: Any) -> type[Closed]:
+    """A model with the fields of a SearchRecord but its lists, what ``to_dict`` adds, and `more`."""
+    hints = get_type_hints(SearchRecord)
+    plain: dict[str, Any] = {one.name: (hints[one.name], ...) for one in fields(SearchRecord) if one.name not in _LISTS}
+    added: dict[str, Any] = {"tokens": (dict[str, int], ...), "seconds": (dict[str, float | None], ...)}
+    return create_model(name, __base__=Closed, __doc__=doc, **plain, **added, **more)
 
 
 class Ids(Closed):
@@ -63,10 +29,25 @@ class Ids(Closed):
     forks: list[dict[str, Any]]
 
 
-class SearchView(SearchFields):
-    forks: list[ForkRecord]
-    candidates: list[CandidateRecord]
-    ids: Ids | None = None
+SearchRow = _of_a_search(
+    "SearchRow",
+    "One search; forks and candidates are counts. Seconds from its start; ended_by is null while it runs.",
+    forks=(int, ...),
+    candidates=(int, ...),
+)
+SearchView = _of_a_search(
+    "SearchView",
+    "One search whole. Seconds from its start; ended_by is null while it runs.",
+    forks=(list[ForkRecord], ...),
+    candidates=(list[CandidateRecord], ...),
+    ids=(Ids | None, None),
+)
+
+
+class Searches(Closed):
+    searches: list[SearchRow]  # type: ignore[valid-type]
+    pool: dict[str, Any]
+    prompt_tasks_refused: str = Field(description="why no tasks are taken from prompts; empty when they may be")
 
 
 class Forked(Closed):
