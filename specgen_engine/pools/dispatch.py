@@ -324,7 +324,7 @@ class Dispatcher:
         self._forget_search(job.order.search)
 
     def _forget_search(self, search: str) -> None:
-        if self.ledger.drop_if_over(search):
+        if self.ledger.drop_if_over(search) and not self.closing:
             self.state.end_search(search)
 
     def _running(self, number: int, name: str, attempt: int) -> PoolJob | None:

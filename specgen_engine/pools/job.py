@@ -50,7 +50,7 @@ class Order(NamedTuple):
         source = own.pop("candidate")
         return cls(
             stage=JobStage(own.pop("stage")),
-            task=Task(**own.pop("task")),
+            task=Task(**{name: _frozen(value) for name, value in own.pop("task").items()}),
             candidate=Candidate(source) if source is not None else None,
             **own,
         )
@@ -118,6 +118,11 @@ class PoolJob:
     def _wake(self) -> None:
         self.changed.set()
         self.changed = anyio.Event()
+
+
+def _frozen(value: Any) -> Any:
+    """JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def outcome_text(value: Any) -> str:

@@ -29,6 +29,8 @@ from .policy import PolicyConfig, Role
 GRACE_S = 6.0
 LINE_BYTES = 16 << 20
 TIMING_LEASE_S = 30.0
+ROOM_BYTES = 4 << 30
+"""Of a GPU's memory, that an evaluation finds free when it starts, where memory is lent."""
 QUICK_S = 5.0
 """A worker that ends sooner after its start counts as one that cannot start."""
 
@@ -117,7 +119,7 @@ class WorkerProcess:
             return
         elif "stage" in message:
             stage = Stage(message["stage"])
-            if stage is Stage.TIME and self.lease is None:
+            if stage is Stage.TIME and self.lease is None and self.device.startswith("cuda"):
                 self._keep(self._begin_lease(TIMING_LEASE_S))
             tell(Reached(self.slot, work.job, work.attempt, stage))
         else:
@@ -127,19 +129,22 @@ class WorkerProcess:
 
     def give(self, work: Work) -> None:
         self.work = work
-        if self.backend.lending is None or not work.quiet_s:
+        if self.backend.lending is None or not self.device.startswith("cuda"):
             self.send(work.message())
         else:
-            self._keep(self._give_in_quiet(work))
+            self._keep(self._give_on_lent_gpu(self.backend.lending, work))
 
-    async def _give_in_quiet(self, work: Work) -> None:
-        await self._begin_lease(work.quiet_s)
+    async def _give_on_lent_gpu(self, lending: Lending, work: Work) -> None:
+        """Its memory first, then quiet where the work asks for it, then the work."""
+        await anyio.to_thread.run_sync(lending.make_room, self.device, self.backend.room_bytes)
+        if work.quiet_s and self.work is work:
+            await self._begin_lease(work.quiet_s)
         if self.work is work:
             self.send(work.message())
 
     async def _begin_lease(self, seconds: float) -> None:
         lending, work = self.backend.lending, self.work
-        if lending is None or not self.device.startswith("cuda"):
+        if lending is None:
             return
         lease = self.lease = _Lease(lending.quiet(self.device, seconds))
         await lease.begin()
@@ -187,7 +192,8 @@ class _Lease:
 class LocalBackend:
     """See base.Backend. devices: one entry a worker ('cpu' or 'cuda:N'; a GPU may be named several times).
 
-    unit: the name that their time is accounted to (default: the device's).  lending: see base.Lending.
+    unit: the name that their time is accounted to (default: the device's).
+    lending: see base.Lending; room_bytes: what it is asked to make free.
     """
 
     def __init__(
@@ -198,6 +204,7 @@ class LocalBackend:
         cache: Path | None = None,
         log: int | None = None,
         lending: Lending | None = None,
+        room_bytes: int = ROOM_BYTES,
         unit: str = "",
     ) -> None:
         for device in devices:
@@ -205,7 +212,7 @@ class LocalBackend:
             if device != "cpu" and (name != "cuda" or not (number or "0").isdigit()):
                 raise ValueError(f"device={device!r}: use cpu or cuda:N")
         self.limits, self.cache, self.log = limits or EvaluationLimits(), cache or default_cache(), log
-        self.lending = lending
+        self.lending, self.room_bytes = lending, room_bytes
         self.closing = False
         self.workers: dict[int, WorkerProcess] = {}
         self.numbers = itertools.count()
