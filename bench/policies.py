@@ -24,7 +24,7 @@ from bench.recordings import Service, Subject, UsageError, read_scores, subject_
 from bench.virtual_time import Machine, Outcome, Recording, View, oracle_seconds, run_search, sequential
 from specgen_engine.controller import adaptive
 from specgen_engine.controller.termination import Criterion, Speedup, parse_termination
-from specgen_engine.controller.triggers import fire_points, parse_trigger
+from specgen_engine.controller.triggers import ADAPTIVE_POINTS, fire_points, parse_trigger
 from specgen_engine.replay.trace import TraceError, load_traces
 
 SCHEMA = "specgen.policies/1"
@@ -46,7 +46,6 @@ POLICIES = (
 )
 CRITERIA = ("speedup:1.5", "final:0.9", "correct", "plateau:3", "best_of:4", "gain:0.2", "none")
 TIME_SHARES = (0.25, 0.5, 0.75, 1.0)
-ADAPTIVE_POINTS = "paragraph+fence+every:400"
 
 
 def criterion_for(spec: str, recording: Recording) -> Criterion:

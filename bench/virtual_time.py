@@ -282,6 +282,7 @@ def oracle_seconds(recording: Recording, machine: Machine, criterion: Criterion)
         scored.append(Scored(answer.hash, answer.status, answer.speedup, "fork", order, mark))
         ready = mark / machine.tokens_per_s + machine.prefill_s + answer.tokens / machine.tokens_per_s
         ready += answer.compile_s + answer.gpu_s
-        if criterion.decide(scored):
+        tokens = mark + sum(one.tokens for one in recording.forks[: order + 1])
+        if criterion.decide(scored, Progress(ready, mark, tokens)):
             return ready
     return None

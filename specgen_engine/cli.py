@@ -28,7 +28,7 @@ def replay(
     traces: Annotated[list[Path], typer.Argument(help="trace folders, or folders of them", metavar="DIR...")],
     mode: Annotated[str, typer.Option(help="sequential: reason, then evaluate; specgen: end early")] = "specgen",
     trigger: Annotated[str, typer.Option(help="every:N, paragraph, fence, joined by +; none")] = "every:1000",
-    termination: Annotated[str, typer.Option(help="plateau:K, speedup:X, best_of:K, correct, none")] = "plateau:3",
+    termination: Annotated[str, typer.Option(help="as the server's --specgen-termination")] = "gain:0.3",
     json: Annotated[
         Path | None, typer.Option(help="write the report (specgen.report/1) to this file", metavar="FILE")
     ] = None,
@@ -65,18 +65,28 @@ def demo() -> None:
 
 @app.command()
 def evaluate(
-    task: Annotated[Path, typer.Argument(help="reference module: Model, get_inputs, get_init_inputs")],
-    candidates: Annotated[list[Path], typer.Argument(help="modules that define ModelNew, or recorded answers (.md)")],
+    task: Annotated[
+        Path, typer.Argument(help="KernelBench module, task.yml, FlashInfer Trace definition, or a folder of one")
+    ],
+    candidates: Annotated[
+        list[Path], typer.Argument(help="modules, .cu files, Solutions (.json), recorded answers (.md)")
+    ],
     device: Annotated[str, typer.Option(help="cpu or cuda:N")] = "cpu",
     profile: Annotated[bool, typer.Option("--profile", help="profile the correct ones")] = False,
+    profile_tool: Annotated[
+        str, typer.Option(help="with --profile: ncu, nsys, cupti, torch.profiler; auto: the best that works here")
+    ] = "auto",
     json: Annotated[
         Path | None, typer.Option(help="write verdicts (specgen.verdicts/1) to this file", metavar="FILE")
+    ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(help="add FlashInfer Traces to this .jsonl (FlashInfer tasks)", metavar="FILE")
     ] = None,
 ) -> None:
     """Compile, check and time candidate kernels; exit 0 when all ran, whatever their verdicts."""
     from specgen_engine.evaluation.command import evaluate as run
 
-    run(task, candidates, device=device, profile=profile, json=json)
+    run(task, candidates, device=device, profile=profile_tool if profile else "", json=json, traces=traces)
 
 
 @app.command()

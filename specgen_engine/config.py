@@ -129,7 +129,9 @@ class SpecGenConfig(Section):
         default="paragraph:min=800", description="when to fork: every:N, paragraph, fence, joined by +"
     )
     termination: TerminationSpec = Field(
-        "plateau:3", description="when to end the reasoning: plateau:K, speedup:X, best_of:K, correct, none"
+        "gain:0.3",
+        description="when to end the reasoning: gain:R, plateau:K, speedup:X, roofline:X, best_of:K, correct, "
+        "budget:seconds=S,tokens=T,gpu_seconds=G, several joined by |, or none",
     )
     thinking: ThinkingSpec = Field(
         "auto", description="how the model marks its reasoning: auto, a style's name, or OPEN...CLOSE"

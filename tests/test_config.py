@@ -25,7 +25,7 @@ def parse(*words: str) -> config.SpecGenConfig:
 def test_absent_means_default_and_the_default_is_a_plateau() -> None:
     settings = parse()
     assert settings == config.SpecGenConfig()
-    assert settings.termination == "plateau:3"
+    assert settings.termination == "gain:0.3"
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 

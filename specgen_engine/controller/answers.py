@@ -137,3 +137,13 @@ def goes_on_reasoning(text: str) -> bool:
     blocks = fenced_blocks(text)
     prose = text[: blocks[0].start] if blocks else text
     return len(prose) > _LONG_PREAMBLE or len(_TURNS.findall(prose)) >= 2
+
+
+FEEDBACK_LINES, FEEDBACK_CHARS = 6, 600
+
+
+def feedback_of(digest: str) -> str:
+    """What a fork is told, inside its thinking, of the search's last failed candidate: the first lines of its error."""
+    lines = [line for line in digest.splitlines() if line.strip()][:FEEDBACK_LINES]
+    text = "\n".join(lines)[:FEEDBACK_CHARS]
+    return f"\n\nAn earlier version of the kernel failed, and must not fail this way again:\n{text}\n"

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from specgen_engine.controller.answers import normalised_source
 from specgen_engine.controller.events import Source
-from specgen_engine.controller.report import CandidateRecord, SearchRecord, summary_of
-from specgen_engine.controller.termination import Decision, Scored, best, parse_termination
+from specgen_engine.controller.report import CandidateRecord, DecisionRecord, SearchRecord, summary_of
+from specgen_engine.controller.termination import (
+    Decision,
+    Progress,
+    Scored,
+    best,
+    parse_termination,
+    watches_progress,
+)
 from specgen_engine.evaluation.base import Candidate, Job, Pool, Stage, Status, Task, Verdict
 
 PRIORITY = {"fork": 0.0, "draft": 0.0, "base": 1.0}
 
 
 class Competition:
-    """Writes into the search's record; the pool does the work. Candidates are known by content hash."""
+    """Writes into the search's record; the pool does the work.
+
+    Candidates that differ only in comments, docstrings or layout are one: the first of them is judged.
+    """
 
     def __init__(
         self, task: Task, termination: str, pool: Pool, record: SearchRecord, now: Callable[[], float]
@@ -24,16 +35,18 @@ class Competition:
         self.jobs: dict[str, Job] = {}
         self.scored: list[Scored] = []
         self.own: CandidateRecord | None = None
+        self.watches_progress = watches_progress(self.criterion)
+        self._by_meaning: dict[str, CandidateRecord] = {}
 
     def enter(
-        self, source: str, origin: Source, fork: int | None, recorded: str | None
+        self, source: str, origin: Source, fork: int | None, recorded: str | None, at_token: int = 0
     ) -> tuple[CandidateRecord, Job | None]:
         """The candidate's record and, when it is new, the job that judges it."""
-        candidate = Candidate(source)
-        record, job = self.candidates.get(candidate.hash), None
+        candidate, meaning = Candidate(source), normalised_source(source)
+        record, job = self.candidates.get(candidate.hash) or self._by_meaning.get(meaning), None
         if record is None:
-            record = CandidateRecord(candidate.hash, origin, self.now(), recorded_answer=recorded)
-            self.candidates[record.hash] = record
+            record = CandidateRecord(candidate.hash, origin, self.now(), recorded_answer=recorded, at_token=at_token)
+            self.candidates[record.hash] = self._by_meaning[meaning] = record
             self.record.candidates.append(record)
             job = self.pool.submit(self.task, candidate, search=self.record.id, priority=PRIORITY[origin])
             self.jobs[record.hash] = job
@@ -51,11 +64,31 @@ class Competition:
         record.device, record.sandbox, record.verdict_s = verdict.device, verdict.sandbox, self.now()
         worked = sum(seconds for stage, seconds in verdict.stages.items() if stage != Stage.QUEUED)
         self.record.evaluation_s = round(self.record.evaluation_s + worked, 4)
-        self.scored.append(Scored(record.hash, verdict.status, verdict.speedup, record.source, len(self.scored)))
+        record.profile = str((verdict.profile or {}).get("text", ""))
+        record.roofline, record.order = verdict.roofline, len(self.scored)
+        self.scored.append(scored_of(record))
         self.record.best = summary_of(self.leader())
 
-    def decide(self) -> Decision | None:
-        return self.criterion.decide(self.scored)
+    def decide(self, progress: Progress) -> Decision | None:
+        """Ask the criterion; every question that could get a new answer is written into the record."""
+        decision = self.criterion.decide(self.scored, progress)
+        asked = self.record.decisions
+        if decision is not None or not asked or asked[-1].verdicts != len(self.scored):
+            accepted, reason = (decision.hash, decision.reason) if decision else (None, "")
+            used = (
+                progress.seconds,
+                len(self.scored),
+                progress.reasoning_tokens,
+                progress.tokens,
+                progress.evaluator_s,
+            )
+            asked.append(DecisionRecord(*used, accepted, reason))
+        return decision
+
+    def best_speedup(self) -> float:
+        """Of the fastest correct candidate so far; 0 without one."""
+        top = best(self.scored)
+        return (top.speedup or 0.0) if top else 0.0
 
     def leader(self) -> CandidateRecord | None:
         """The fastest correct candidate so far."""
@@ -84,3 +117,26 @@ class Competition:
             if record.status is None:
                 record.status, record.reason = Status.CANCELLED, "the search ended first"
         self.record.final = summary_of(self.own)
+
+
+def scored_of(record: CandidateRecord) -> Scored:
+    """A judged candidate as criteria see it."""
+    assert record.status is not None
+    assert record.order is not None
+    return Scored(
+        record.hash, record.status, record.speedup, record.source, record.order, record.at_token, record.roofline
+    )
+
+
+def decide_again(record: SearchRecord) -> list[Decision | None]:
+    """What the criterion of a finished search says to each of its logged questions; equal to what it said then."""
+    criterion = parse_termination(record.termination)
+    judged = sorted((one for one in record.candidates if one.order is not None), key=lambda one: one.order or 0)
+    scored = [scored_of(one) for one in judged]
+    return [
+        criterion.decide(
+            scored[: asked.verdicts],
+            Progress(asked.t_s, asked.reasoning_tokens, asked.tokens, asked.evaluator_s),
+        )
+        for asked in record.decisions
+    ]

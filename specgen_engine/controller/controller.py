@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.engine import Output, SGLangEngine
 from specgen_engine.controller.events import SessionOptions
+from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.report import SearchRecord
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.session import Session
@@ -59,6 +61,7 @@ class Controller:
         override = None if settings.thinking == "auto" else settings.thinking
         self.style = style_of(template if isinstance(template, str) else None, server.reasoning_parser, override)
         self.budget = Budget(settings.fork.total)
+        self.learner = Learner(Path(server.model_path).name, settings.adaptive_state)
         self.sessions: dict[str, Session] = {}
         self.history: OrderedDict[str, SearchRecord] = OrderedDict()
         self.metrics = metrics or Metrics()
@@ -119,7 +122,7 @@ class Controller:
         except ValueError as error:
             raise RequestError("iteration", str(error)) from None
         engine = SGLangEngine(self.manager, generate, obj, request)
-        session = Session(obj.rid, plan, options, engine, pool, self.budget, script, self._publish)
+        session = Session(obj.rid, plan, options, engine, pool, self.budget, script, self._publish, self.learner)
         self._open(session)
         try:
             async for output in session.outputs():
@@ -163,6 +166,10 @@ class Controller:
         self.history[session.rid] = session.record
         while len(self.history) > self.settings.history:
             self.history.popitem(last=False)
+        try:
+            self.learner.save()
+        except OSError as error:
+            logger.error("specgen: the adaptive state was not saved: %s", error)
         self.metrics.observe(session.record, len(self.sessions))
 
     def record(self, search: str) -> SearchRecord | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +22,7 @@ from specgen_engine.controller.request import Plan, parse_options, plan_search, 
 from specgen_engine.errors import RequestError
 from specgen_engine.protocol import ForkPointDone, TriggerFired, is_fork, register_messages
 
+logger = logging.getLogger(__name__)
 STRUCTURED = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
@@ -120,7 +123,9 @@ async def _maybe_search(
         reason = ineligible(obj)
         if reason and options is not None:
             raise RequestError("", f"not with {reason}")
-        if not reason:
+        if reason:
+            _served_without_forks(reason)
+        else:
             plan = plan_search(options, obj.specgen_chat.prompt, controller.settings, controller.prompt_tasks_refused)
     if plan is None:
         async for out in original(manager, obj, request):
@@ -128,6 +133,12 @@ async def _maybe_search(
         return
     async for out in _search(original, manager, obj, request, plan):
         yield out
+
+
+@cache
+def _served_without_forks(reason: str) -> None:
+    """One warning a reason, however many requests it meets."""
+    logger.warning("specgen: requests with %s are served without forks (docs/support.md)", reason)
 
 
 async def _search(original: Any, manager: Any, obj: Any, request: Any, plan: Plan) -> AsyncIterator[Any]:

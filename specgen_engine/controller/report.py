@@ -32,7 +32,10 @@ class ForkRecord:
 
 @dataclass(slots=True)
 class CandidateRecord:
-    """One distinct candidate. source: fork | base | draft. forks: numbers of the forks that wrote it."""
+    """One distinct candidate. source: fork | base | draft. forks: numbers of the forks that wrote it.
+
+    at_token: reasoning tokens where it was forked or drafted; order: of its verdict among the search's.
+    """
 
     hash: str
     source: Literal["fork", "base", "draft"]
@@ -50,6 +53,23 @@ class CandidateRecord:
     sandbox: str = ""
     stages: dict[str, float] = field(default_factory=dict)
     verdict_s: float | None = None
+    at_token: int = 0
+    order: int | None = None
+    roofline: float | None = None
+    profile: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """One question to the criterion, with all that it was told: the first ``verdicts`` verdicts and what was used."""
+
+    t_s: float
+    verdicts: int
+    reasoning_tokens: int
+    tokens: int
+    evaluator_s: float
+    accepted: str | None = None
+    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -104,6 +124,7 @@ class SearchRecord:
     warning: str = ""
     forks: list[ForkRecord] = field(default_factory=list)
     candidates: list[CandidateRecord] = field(default_factory=list)
+    decisions: list[DecisionRecord] = field(default_factory=list)
     ids: TokenIds = field(default_factory=TokenIds, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +132,7 @@ class SearchRecord:
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ids"}
         data["forks"] = [asdict(fork) for fork in self.forks]
         data["candidates"] = [asdict(candidate) for candidate in self.candidates]
+        data["decisions"] = [asdict(decision) for decision in self.decisions]
         data["tokens"] = {"reasoning": self.reasoning_tokens, "answer": self.answer_tokens, "fork": self.fork_tokens}
         data["seconds"] = {"reasoning": self.reasoning_s, "total": self.wall_s, "evaluation": self.evaluation_s}
         return data

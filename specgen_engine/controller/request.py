@@ -68,6 +68,7 @@ class Plan:
     temperature: float | None
     fork_tokens: int
     iteration: int | None = None
+    feedback: bool = False
 
 
 def take_out(sampling_params: dict[str, Any] | None) -> Any:
@@ -136,6 +137,7 @@ def plan_search(
         temperature=config.fork.temperature if fork.temperature is None else fork.temperature,
         fork_tokens=min(fork.max_tokens or config.fork.max_tokens, config.fork.max_tokens),
         iteration=asked.iteration,
+        feedback=config.fork.feedback,
     )
 
 

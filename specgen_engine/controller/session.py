@@ -15,7 +15,12 @@ from array import array
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
-from specgen_engine.controller.answers import extract_candidate
+from specgen_engine.controller.answers import (
+    drafted_modules,
+    extract_candidate,
+    feedback_of,
+    goes_on_reasoning,
+)
 from specgen_engine.controller.competition import Competition
 from specgen_engine.controller.engine import Engine, Output
 from specgen_engine.controller.events import (
@@ -33,11 +38,14 @@ from specgen_engine.controller.events import (
     VerdictIn,
 )
 from specgen_engine.controller.graft import graft
+from specgen_engine.controller.learning import TRIGGER as ADAPTIVE
+from specgen_engine.controller.learning import Learner, View
 from specgen_engine.controller.notes import Notes, Publish, ignore
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
 from specgen_engine.controller.request import Plan
-from specgen_engine.controller.termination import Decision
+from specgen_engine.controller.termination import Decision, Progress
 from specgen_engine.controller.thinking import Phase, ReasoningPhase, fork_suffix, split_thinking
+from specgen_engine.controller.triggers import name_of
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Candidate, Job, Pool, Status, Verdict
 from specgen_engine.protocol import (
@@ -54,6 +62,8 @@ from specgen_engine.protocol import (
 logger = logging.getLogger(__name__)
 DISCONNECT_POLL_S = 1.0
 CLEAN_UP_S = 10.0
+LOOK_TOKENS = 32
+"""How often a fork's text is looked at for whether it is an answer at all."""
 
 
 class Session:
@@ -61,7 +71,7 @@ class Session:
 
     def __init__(
         self, rid: str, plan: Plan, options: SessionOptions, engine: Engine, pool: Pool, budget: ForkBudget,
-        script: Script | None = None, publish: Publish = ignore,
+        script: Script | None = None, publish: Publish = ignore, learner: Learner | None = None,
     ) -> None:  # fmt: skip
         self.rid, self.plan, self.options = rid, plan, options
         self.engine, self.pool, self.budget, self.script = engine, pool, budget, script
@@ -89,6 +99,10 @@ class Session:
         self._forks: dict[str, ForkRecord] = {}
         self._fork_at: set[int] = set()
         self._fork_text: dict[str, Output] = {}
+        self._learner = learner or Learner("")
+        self._views: dict[int, View] = {}
+        self._last_fork = 0
+        self._feedback = ""
         self._competition = Competition(plan.task, plan.termination, pool, self.record, self._now)
         self._notes = Notes(self.record, publish, self._now)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -253,6 +267,8 @@ class Session:
         self._fork_where_due()
         if self.options.streaming:
             self._deliver(output)
+        if self._competition.watches_progress:
+            self._decide()
 
     def _advance_phase(self) -> None:
         """Text since the last output in one piece: the machine takes pieces of any length."""
@@ -327,13 +343,20 @@ class Session:
         running = sum(record.state == "running" for record in self._forks.values())
         if self.state is not State.REASONING or self.record.warning or message.length in self._fork_at:
             return
+        if name_of(message.trigger) == "draft":
+            return self._harvest(message)
+        view = View(message.reasoning_tokens - self._last_fork, self._competition.best_speedup())
+        if name_of(message.trigger) == ADAPTIVE and not self._wants(view):
+            return
         if running >= self.options.per_search or not self.budget.take(self.rid):
             self.record.forks_skipped += 1
             return
         self._fork_at.add(message.length)
         number = len(self.record.forks) + 1
+        self._views[number], self._last_fork = view, message.reasoning_tokens
         base_ids = self._base.ids[: message.length - len(self.options.prompt_ids)]
-        ids = [*self.options.prompt_ids, *base_ids, *self._suffix_ids]
+        feedback = self.engine.encode(self._feedback) if self._feedback else []
+        ids = [*self.options.prompt_ids, *base_ids, *feedback, *self._suffix_ids]
         record = ForkRecord(
             n=number,
             trigger=message.trigger,
@@ -352,6 +375,36 @@ class Session:
         recorded = self._script_fork(rid, message.reasoning_tokens, len(ids))
         self._spawn(self._run_fork(rid, ids, record, recorded))
 
+    def _wants(self, view: View) -> bool:
+        """Ask the adaptive policy, with the pool as it is now."""
+        pool = self.pool.snapshot()
+        return self._learner.wants(
+            self.plan.task.name, view, _count(pool.get("queued")), _count(pool.get("ready")) or 1
+        )
+
+    def _learn(self, fork: int, speedup: float) -> None:
+        """Once a fork: what came of it."""
+        if (view := self._views.pop(fork, None)) is not None:
+            self._learner.observe(self.plan.task.name, view, speedup, self.record.forks[fork - 1].tokens)
+
+    def _harvest(self, message: TriggerFired) -> None:
+        """A module that the reasoning has drafted whole is a candidate without a generation."""
+        drafts = drafted_modules(self._base.text)
+        if not drafts:
+            return
+        self._fork_at.add(message.length)
+        source = drafts[-1][1]
+        answer = f"```python\n{source.strip()}\n```\n"
+        self._fork_text.setdefault(Candidate(source).hash, Output(self.engine.encode(answer), answer, {}))
+        self._submit(source, "draft", None)
+
+    def _reasoned(self) -> int:
+        return len(self._base.ids)
+
+    def _progress(self) -> Progress:
+        forks = sum(fork.tokens for fork in self.record.forks)
+        return Progress(self._now(), self._reasoned(), self._reasoned() + forks, self.record.evaluation_s)
+
     def _script_fork(self, rid: str, at_token: int, input_tokens: int) -> str | None:
         if self.script is None:
             return None
@@ -363,12 +416,17 @@ class Session:
         options: dict[str, Any] = {"max_new_tokens": self.plan.fork_tokens}
         if self.plan.temperature is not None:
             options["temperature"] = self.plan.temperature
-        output, error = None, ""
+        output, error, looked_at = None, "", 0
         try:
             async for step in self.engine.generate_fork(rid, ids, options):
                 output = step
                 record.tokens = len(step.ids)
                 record.prefix_reused = int(step.meta.get("cached_tokens", 0))
+                if recorded is None and record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
+                    looked_at = record.tokens
+                    if goes_on_reasoning(step.text):
+                        record.state = "reasoned on"
+                        self.engine.abort(rid)
         except Exception as failure:
             error = str(failure)
         finally:
@@ -381,8 +439,9 @@ class Session:
         source = self._finish_fork(record, output, error)
         self._notes.fork(record)
         if output is None or source is None:
-            return
+            return self._learn(record.n, 0.0)
         self._submit(source, "fork", record, output.meta.get("specgen_recorded"))
+        return None
 
     def _finish_fork(self, record: ForkRecord, output: Output | None, error: str) -> str | None:
         """Write what became of a fork into its record; returns the candidate it wrote, if any."""
@@ -393,9 +452,10 @@ class Session:
         record.prefix_computed = record.input_tokens - record.prefix_reused
         self.record.ids.fork_outputs[record.n] = array("i", output.ids)
         finish = output.finish or {}
-        record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
+        if record.state != "reasoned on":
+            record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
         source = extract_candidate(output.text)
-        if source is None or record.state == "aborted":
+        if source is None or record.state in ("aborted", "reasoned on"):
             return None
         record.candidate = Candidate(source).hash
         self._fork_text.setdefault(record.candidate, output)
@@ -416,8 +476,14 @@ class Session:
     def _submit(self, source: str, origin: Source, fork: ForkRecord | None, recorded: str | None = None) -> None:
         if self.state is State.ENDED or self.record.warning:
             return
-        record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded)
+        at_token = fork.at_token if fork else self._reasoned()
+        record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded, at_token)
         self._notes.candidate(record)
+        if fork is not None and record.hash != Candidate(source).hash:
+            self._fork_text.setdefault(record.hash, self._fork_text[Candidate(source).hash])
+            fork.candidate = record.hash
+        if job is None and fork is not None:
+            self._learn(fork.n, 0.0)
         if job is not None:
             self._spawn(self._await_verdict(record, job))
             self._spawn(self._follow_stages(record, job))
@@ -433,6 +499,10 @@ class Session:
     def _on_verdict(self, record: CandidateRecord, verdict: Verdict) -> None:
         self._competition.judge(record, verdict)
         self._notes.candidate(record)
+        if record.forks and verdict.status is not Status.CANCELLED:
+            self._learn(record.forks[0], verdict.speedup or 0.0)
+        if self.plan.feedback and verdict.digest:
+            self._feedback = feedback_of(verdict.digest)
         if self.state is State.COMPETING:
             self._conclude_when_idle()
         else:
@@ -440,7 +510,7 @@ class Session:
 
     def _decide(self) -> None:
         replaceable = self.state is State.REASONING or (self.state is State.ANSWERING and not self.options.streaming)
-        if replaceable and self._checked and (decision := self._competition.decide()) is not None:
+        if replaceable and self._checked and (decision := self._competition.decide(self._progress())):
             self._accept(decision, "criterion")
 
     def _accept(self, decision: Decision, ended_by: str) -> None:
@@ -518,3 +588,7 @@ class Session:
 
     def _now(self) -> float:
         return round(time.monotonic() - self._start, 4)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from specgen_engine.evaluation.base import Status
 
-DEFAULT = "plateau:3"
+DEFAULT = "gain:0.3"
 PLATEAU_GAIN = 1.05
 MAX_SPEEDUP = 100_000.0
 MAX_VERDICTS = 10_000
@@ -316,8 +316,8 @@ def _budget(argument: str) -> Budget:
 
 
 def parse_termination(spec: str, field: str = "termination") -> Criterion:
-    """Criterion of a spec: ``correct``, ``speedup:1.5``, ``best_of:4``, ``plateau:3`` (the default), ``roofline:0.8``,
-    ``gain:0.5``, ``budget:seconds=600``, several joined by ``|``, or ``none``.
+    """Criterion of a spec: ``correct``, ``speedup:1.5``, ``best_of:4``, ``plateau:3``, ``roofline:0.8``,
+    ``gain:0.3`` (the default), ``budget:seconds=600``, several joined by ``|``, or ``none``.
 
     Raises ValueError with the field, the value and the remedy.
     """

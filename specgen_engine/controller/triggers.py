@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol
 
 ENTRY_POINT_GROUP = "specgen.triggers"
+# Where the adaptive trigger looks; the controller decides at each of these points whether to fork (adaptive.py).
+ADAPTIVE_POINTS = "paragraph+fence+every:400"
 TRANSITION_WORDS = ("wait", "alternatively", "actually", "let me")
 
 _HEAD_CHARS = 96
@@ -220,6 +223,25 @@ class Transition:
         return Sentence(head, stop), self.spec if fired else None
 
 
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Spec ``adaptive``: fires at each of ADAPTIVE_POINTS; which of them become forks is learnt (adaptive.py)."""
+
+    spec: str = "adaptive"
+
+    def start(self) -> Any:
+        return _adaptive_points().start()
+
+    def step(self, state: Any, piece: str, position: int) -> tuple[Any, str | None]:
+        state, fired = _adaptive_points().step(state, piece, position)
+        return state, self.spec if fired else None
+
+
+@cache
+def _adaptive_points() -> Trigger:
+    return parse_trigger(ADAPTIVE_POINTS)
+
+
 class Member(NamedTuple):
     """One of the joined triggers, with its own text and the least distance in tokens to the firing before."""
 
@@ -269,12 +291,18 @@ def _plain(make: Callable[[], Trigger]) -> Callable[[str | None], Trigger]:
 
 
 _BUILT_IN: dict[str, Callable[[str | None], Trigger]] = {
+    "adaptive": _plain(Adaptive),
     "every": _every,
     "paragraph": _plain(Paragraph),
     "fence": _plain(Fence),
     "draft": _plain(Draft),
     "transition": _plain(Transition),
 }
+
+
+def name_of(spec: str) -> str:
+    """The trigger's name in the spec that fired: ``draft`` of ``draft:min=200``."""
+    return spec.partition(":")[0]
 
 
 def trigger_names() -> list[str]:

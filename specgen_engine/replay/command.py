@@ -42,7 +42,7 @@ class ReplayOptions:
     traces: tuple[Path, ...]
     mode: str = "specgen"
     trigger: str = CPU_TRIGGER
-    termination: str = "plateau:3"
+    termination: str = "gain:0.3"
     json: Path | None = None
     iterations: int | None = None
     workers: int = 1

@@ -13,6 +13,7 @@ from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.controller import Budget, Controller
 from specgen_engine.controller.engine import Output
 from specgen_engine.controller.events import SessionOptions
+from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import ignore
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
 from specgen_engine.controller.request import Plan
@@ -113,6 +114,7 @@ class FakePool:
     def __init__(self, problem: str | None = None) -> None:
         self.jobs: dict[str, FakeJob] = {}
         self.problem = problem
+        self.queued = 0
         self.checked = asyncio.Event()
         self.checked.set()
 
@@ -127,10 +129,13 @@ class FakePool:
         job = self.jobs[candidate.hash] = FakeJob(search, candidate)
         return job
 
-    def judge(self, name: str, speedup: float | None, status: Status | None = None) -> None:
+    def snapshot(self) -> dict[str, object]:
+        return {"ready": 1, "queued": self.queued}
+
+    def judge(self, name: str, speedup: float | None, status: Status | None = None, digest: str = "") -> None:
         status = status or (Status.CORRECT if speedup else Status.WRONG)
         candidate = Candidate(source(name)).hash
-        self.jobs[candidate].result.set_result(Verdict(candidate, status, speedup=speedup))
+        self.jobs[candidate].result.set_result(Verdict(candidate, status, speedup=speedup, digest=digest))
 
     def cancel_search(self, search: str) -> int:
         running = [job for job in self.jobs.values() if not job.result.done()]
@@ -146,13 +151,25 @@ class Rig:
         self, *, streaming: bool = False, named: bool = True, termination: str = "speedup:1.5", **options: Any
     ) -> None:
         self.engine, self.pool, self.budget = FakeEngine(), FakePool(options.pop("problem", None)), Budget(4)
-        plan = Plan(TASK, named, "every:10", termination, "Now: ", 0.7, 64)
+        feedback = options.pop("feedback", False)
+        plan = Plan(TASK, named, "every:10", termination, "Now: ", 0.7, 64, feedback=feedback)
         settings = SessionOptions(
             style=STYLES["qwen3"], opened=True, streaming=streaming, per_search=options.pop("per_search", 2),
             grace_s=options.pop("grace_s", 5), page_size=1, prompt_ids=PROMPT,
         )  # fmt: skip
         publish = options.pop("publish", ignore)
-        self.session = Session("base", plan, settings, self.engine, self.pool, self.budget, None, publish)  # type: ignore[arg-type]
+        self.learner = Learner("toy")
+        self.session = Session(
+            "base",
+            plan,
+            settings,
+            self.engine,
+            self.pool,
+            self.budget,
+            None,
+            publish,
+            self.learner,  # type: ignore[arg-type]
+        )
         self.got: list[Output] = []
         self.client = asyncio.create_task(self._read())
 
@@ -160,11 +177,11 @@ class Rig:
         async for item in self.session.outputs():
             self.got.append(item)
 
-    def trigger(self, reasoning_tokens: int) -> None:
+    def trigger(self, reasoning_tokens: int, spec: str = "every:10") -> None:
         length = len(PROMPT) + reasoning_tokens
         self.session.notify(
             TriggerFired(
-                rid="base", trigger="every:10", length=length, reasoning_tokens=reasoning_tokens, inserted=length - 1
+                rid="base", trigger=spec, length=length, reasoning_tokens=reasoning_tokens, inserted=length - 1
             )
         )
 
@@ -186,7 +203,13 @@ class Rig:
 
 def fake_manager(**server: Any) -> Any:
     """What a Controller reads of SGLang's TokenizerManager."""
-    arguments = {"reasoning_parser": "qwen3", "host": "127.0.0.1", "api_key": None, "enable_trace": False}
+    arguments = {
+        "model_path": "models/toy",
+        "reasoning_parser": "qwen3",
+        "host": "127.0.0.1",
+        "api_key": None,
+        "enable_trace": False,
+    }
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**arguments, "page_size": 1, **server}),
         tokenizer=SimpleNamespace(chat_template=None),

@@ -74,9 +74,11 @@ def test_verdicts_count_in_the_order_they_came() -> None:
     assert parse_termination("plateau:3").decide(scored[::-1]) == parse_termination("plateau:3").decide(scored)
 
 
-def test_the_default_is_the_plateau_and_never_takes_the_first_correct() -> None:
-    assert DEFAULT == "plateau:3"
-    assert parse_termination(DEFAULT).decide(search(50.0)) is None
+def test_the_default_weighs_gain_and_goes_on_early_after_the_first_correct() -> None:
+    assert DEFAULT == "gain:0.3"
+    first = [Scored("h", Status.CORRECT, 50.0, "fork", 0, at_token=4_000)]
+    assert parse_termination(DEFAULT).decide(first, Progress(reasoning_tokens=4_100)) is None
+    assert parse_termination("plateau:3").decide(first) is None
 
 
 @given(
