@@ -149,9 +149,14 @@ async def _one(pool: LocalPool, arrival: Arrival, start: float, stage: JobStage)
         rows.append(
             Ran(arrival.number, role, queued, job.began - start, ended, busy_seconds(verdict.stages), verdict.status)
         )
+        print(f"  {arrival.name} {_brief(rows[-1])} {verdict.reason[:120]}", flush=True)
         if verdict.status is not Status.CORRECT:
             break
     return rows
+
+
+def _brief(row: Ran) -> str:
+    return f"{row.role} {row.status} {row.queued:.2f} {row.began:.2f} {row.ended:.2f} busy {row.busy_s:.2f}"
 
 
 def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str, float]:
@@ -223,6 +228,7 @@ def compare(arrivals: list[Arrival], devices: list[str], stage: JobStage, limits
     splits = [f"static-{one}-{gpus - one}" for one in range(1, gpus)]
     runs: dict[str, list[Ran]] = {}
     for policy in ("elastic", *splits, "fifo"):
+        print(f"{policy}: candidate, role, status, queued, began, ended, busy seconds")
         runs[policy] = asyncio.run(run_live(policy, arrivals, devices, stage, config, limits))
     report: dict[str, Any] = {
         "devices": devices,
