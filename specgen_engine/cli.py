@@ -102,6 +102,9 @@ def optimize(
     gpu_seconds: Annotated[float | None, typer.Option(help="seconds of evaluation")] = None,
     searches: Annotated[int, typer.Option(help="searches side by side; they share the best kernel")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda:N, for what the endpoint does not judge itself")] = "cpu",
+    profile: Annotated[
+        str, typer.Option(help="profiles correct kernels: auto, ncu, nsys, cupti, torch.profiler; '' for none")
+    ] = "auto",
     max_tokens: Annotated[int, typer.Option(help="of one answer, reasoning included")] = 32_768,
     temperature: Annotated[float | None, typer.Option(help="default: the endpoint's")] = None,
     trigger: Annotated[str | None, typer.Option(help="default: the server's")] = None,
@@ -121,7 +124,8 @@ def optimize(
     run(
         options_of(
             task, base_url=base_url, model=model, iterations=iterations, minutes=minutes, tokens=tokens,
-            gpu_seconds=gpu_seconds, searches=searches, device=device, max_tokens=max_tokens, temperature=temperature,
+            gpu_seconds=gpu_seconds, searches=searches, device=device,
+            profile=profile, max_tokens=max_tokens, temperature=temperature,
             trigger=trigger, termination=termination, recorded=recorded, out=out, json=json,
         )
     )  # fmt: skip

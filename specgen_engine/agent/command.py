@@ -23,7 +23,7 @@ from specgen_engine.agent.report import as_dict, as_html, write_text
 from specgen_engine.controller.termination import parse_termination
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.evaluation.base import Task
-from specgen_engine.evaluation.command import require_device
+from specgen_engine.evaluation.command import require_device, require_profiler
 from specgen_engine.observability.machine import new_report, write_report
 
 TASK_BYTES = 1 << 20
@@ -41,6 +41,7 @@ class Options:
     budget: Budget
     searches: int = 1
     device: str = "cpu"
+    profile: str = ""
     out: Path | None = None
     json: Path | None = None
 
@@ -66,6 +67,7 @@ def optimize(options: Options) -> None:
     """Run or resume. Exit code 130 after Ctrl-C: best kernel, report and history are kept; the same command goes on."""
     task = Task(_read(options.task), name=task_name(options.task))
     require_device(options.device)
+    require_profiler(options.profile)
     folder = options.folder()
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
@@ -92,7 +94,7 @@ def _read(path: Path) -> str:
 
 async def _run(options: Options, task: Task, folder: Path, console: Console) -> str:
     endpoint = Endpoint(options.base_url, options.api_key, options.asking)
-    judge = Judge(task, options.device)
+    judge = Judge(task, options.device, options.profile)
     history: History | None = None
     try:
         await endpoint.connect()
@@ -202,11 +204,11 @@ def _line(update: Update) -> str:
 
 def options_of(
     task: Path, *, base_url: str, model: str, iterations: int, minutes: float | None, tokens: int | None,
-    gpu_seconds: float | None, searches: int, device: str, max_tokens: int, temperature: float | None,
+    gpu_seconds: float | None, searches: int, device: str, profile: str, max_tokens: int, temperature: float | None,
     trigger: str | None, termination: str | None, recorded: bool, out: Path | None, json: Path | None,
 ) -> Options:  # fmt: skip
     """Options from the words of the command line. The key is OPENAI_API_KEY's, since arguments are seen by all."""
     asking = Asking(model, max_tokens, temperature, trigger, termination, recorded)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     budget = Budget(iterations, minutes, tokens, gpu_seconds)
-    return Options(task, base_url.rstrip("/"), key, asking, budget, searches, device, out, json)
+    return Options(task, base_url.rstrip("/"), key, asking, budget, searches, device, profile, out, json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anyio
 
 from specgen_engine.agent.base import AgentError, Judgement
@@ -13,9 +15,12 @@ from specgen_engine.pools.local import LocalPool
 class Judge:
     """A local pool, started when it is first needed. One instance serves several searches at once."""
 
-    def __init__(self, task: Task, device: str, workers: int = 1, limits: EvaluationLimits | None = None) -> None:
+    def __init__(
+        self, task: Task, device: str, profile: str = "", workers: int = 1, limits: EvaluationLimits | None = None
+    ) -> None:
         self.task, self.device = task, device
         self._pool = LocalPool(workers=workers, device=device, limits=limits or EvaluationLimits())
+        self._options = {"profile": profile} if profile else None
         self._started = False
         self._starting = anyio.Lock()
 
@@ -27,7 +32,7 @@ class Judge:
 
     async def judge(self, source: str, search: str) -> Judgement:
         pool = await self._ready()
-        job = pool.submit(self.task, Candidate(source), search=search)
+        job = pool.submit(self.task, Candidate(source), search=search, options=self._options)
         try:
             return judgement_of(await job.verdict())
         finally:
@@ -59,6 +64,7 @@ def judgement_of(verdict: Verdict) -> Judgement:
         digest=verdict.digest,
         device=verdict.device,
         stages={str(stage): seconds for stage, seconds in verdict.stages.items()},
+        profile=_text(verdict.profile),
     )
 
 
@@ -79,6 +85,11 @@ def judgement_in(search: dict[str, object] | None, source: str) -> Judgement | N
                 digest=row["digest"],
                 device=row["device"],
                 stages=row["stages"],
+                profile=_text(row.get("profile")),
                 by_endpoint=True,
             )
     return None
+
+
+def _text(profile: dict[str, Any] | None) -> str:
+    return str(profile["text"]) if profile and profile.get("text") else ""

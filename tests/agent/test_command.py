@@ -102,7 +102,8 @@ def task(tmp_path: Path) -> Path:
 def run(task: Path, url: str, **changed: Any) -> dict[str, Any]:
     asked: dict[str, Any] = {
         "base_url": url, "model": "", "iterations": 2, "minutes": None, "tokens": None, "gpu_seconds": None,
-        "searches": 1, "device": "cpu", "max_tokens": 100, "temperature": None, "trigger": None, "termination": None,
+        "searches": 1, "device": "cpu", "profile": "torch.profiler",
+        "max_tokens": 100, "temperature": None, "trigger": None, "termination": None,
         "recorded": False, "out": task.parent / "out", "json": None, **changed,
     }  # fmt: skip
     optimize(options_of(task, **asked))
@@ -127,6 +128,10 @@ def test_a_failed_run_resumes_and_leaves_kernel_report_and_history(endpoint: Scr
     assert "add_(2)" in endpoint.asked[2]["messages"][0]["content"]
     assert "add_(1)" in (out / "best.py").read_text()
     assert report["tokens"] == 33
+    profiles = [one["judgement"]["profile"] for one in report["attempts"]]
+    assert profiles[0] == ""
+    assert "torch.profiler" in profiles[1]
+    assert profiles[1].splitlines()[0] in endpoint.asked[3]["messages"][0]["content"]
     assert not report["settings"]["speculative"]
     assert json.loads((task.parent / "copy.json").read_text())["attempts"] == report["attempts"]
     assert "<svg" in (out / "report.html").read_text()
