@@ -13,7 +13,7 @@ import torch
 from bench.kv_rig import Rig, Tables
 from specgen_engine.kv.native import _kv
 
-MOST_BATCH_ENTRIES = 32_768
+MOST_BATCH_ENTRIES = 4_096
 TILE_BYTES = 512 * 1024
 _pinned_buffers: list[torch.Tensor] = []
 Move = Callable[[Tables, int], None]  # tables and a raw stream

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,41 +27,63 @@ HEADLINE = 200 * MIB
 OTHER_STAGINGS = (32 * MIB, 128 * MIB)
 BOTH_WAYS_CHUNKS = (2 * KIB, 32 * KIB)
 DECODE_SMS = (2, 4, 8, 16)
-BOTH_WAYS_SMS = (8, 12, 24, 32, 64)
+BOTH_WAYS_SMS = (8, 12, 32, 64)
+# Fewer bytes in flight than one way alone wants: with both ways on the link they queue, and hold each other up.
+RINGS = {
+    "vector": ("vector", 16, 32, 0, 0),
+    "4x3": ("bulk", 16, 4, 3, 8192),
+    "2x3": ("bulk", 16, 2, 3, 8192),
+    "2x4": ("bulk", 16, 2, 4, 8192),
+    "6x2x4": ("bulk", 6, 2, 4, 8192),
+}
+
+
+class PathCase(NamedTuple):
+    name: str
+    path: Any
+    staging_bytes: int = 0
+    engines: int = 2
 
 
 def path_rows(maker: RowMaker, rig: Rig, case: Case, direction: str, sets: list[Tables]) -> Iterator[Row]:
     """CudaCopier.submit by each path: on the device's clock, and on the host's from call to arrival."""
     size = case.pages * rig.shape.page_bytes
     staged = size >= LEAST_STAGED and rig.shape.layout == "page_first" and rig.shape.page_bytes <= STAGING_BYTES // 4
-    wanted: list[tuple[str, Any, int]] = []
-    if staged:
-        wanted.append(("staged", _kv.CopyPath.STAGED, STAGING_BYTES))
+    wanted = [PathCase("staged", _kv.CopyPath.STAGED, STAGING_BYTES)] if staged else []
     if case.sms == 16:
-        wanted.append(("direct", _kv.CopyPath.DIRECT, 0))
+        wanted.append(PathCase("direct", _kv.CopyPath.DIRECT))
         if case.pages * len(rig.planes) <= MOST_ENGINE_ENTRIES:
-            wanted.append(("engine", _kv.CopyPath.ENGINE, 0))
+            wanted.append(PathCase("engine", _kv.CopyPath.ENGINE))
         if staged and size > HEADLINE and rig.shape.chunk_bytes in BOTH_WAYS_CHUNKS:
-            wanted += [(f"staged/{bytes_ // MIB}M", _kv.CopyPath.STAGED, bytes_) for bytes_ in OTHER_STAGINGS]
-    for name, path, staging in wanted:
-        yield from _submitted(maker, rig, case, direction, sets, name, path, staging)
+            wanted += [PathCase(f"staged/{b // MIB}M", _kv.CopyPath.STAGED, b) for b in OTHER_STAGINGS]
+            wanted.append(PathCase("staged/1-engine", _kv.CopyPath.STAGED, STAGING_BYTES, 1))
+    for path_case in wanted:
+        yield from _submitted(maker, rig, case, direction, sets, path_case)
+    if staged and size > HEADLINE and rig.shape.chunk_bytes in BOTH_WAYS_CHUNKS:
+        in_runs = [rig.run_tables(case.pages) for _ in sets]
+        for path_case in (
+            PathCase("staged-runs", _kv.CopyPath.STAGED, STAGING_BYTES),
+            PathCase("staged-runs/128M", _kv.CopyPath.STAGED, 128 * MIB),
+        ):
+            yield from _submitted(maker, rig, case, direction, in_runs, path_case)
     if case.sms == 16 and case.pages * len(rig.planes) <= MOST_ENGINE_ENTRIES:
         yield _called_batch(maker, rig, case, direction, sets)
 
 
 def _submitted(
-    maker: RowMaker, rig: Rig, case: Case, direction: str, sets: list[Tables], name: str, path: Any, staging: int
+    maker: RowMaker, rig: Rig, case: Case, direction: str, sets: list[Tables], how: PathCase
 ) -> Iterator[Row]:
     maker.export_first(rig, sets)
-    submitter = Submitter(rig, direction, path, sets, case.sms, staging)
+    submitter = Submitter(rig, direction, how.path, sets, case.sms, how.staging_bytes, how.engines)
     verified = maker.verify(rig, direction, submitter.call(), sets[0], tagged=True)
-    more = {"sms": case.sms, "config": f"path={path.name}, staging_bytes={staging}", "verified": verified}
-    if path != _kv.CopyPath.DIRECT:
+    config = f"path={how.path.name}, staging_bytes={how.staging_bytes}, engines={how.engines}"
+    more = {"sms": case.sms, "config": config, "verified": verified}
+    if how.path != _kv.CopyPath.DIRECT:
         timing = measure(rig, [Job(submitter.queued(), sets)])
-        yield maker.row(rig, case, f"ours-{name}", direction, timing, **more)
-    if case.sms == 16 and "/" not in name:
+        yield maker.row(rig, case, f"ours-{how.name}", direction, timing, **more)
+    if case.sms == 16 and "/" not in how.name:
         timing = measure_calls(Job(submitter.bare_call(), sets))
-        yield maker.row(rig, case, f"call-{name}", direction, timing, **more | {"clock": "host"})
+        yield maker.row(rig, case, f"call-{how.name}", direction, timing, **more | {"clock": "host"})
 
 
 def decode_rows_staged(
@@ -133,15 +156,27 @@ def _both_ways(rig: Rig, case: Case) -> Iterator[tuple[str, tuple[Maker, Maker],
     yield "ours-auto", (_by_kernel(case, "auto", 16, 1), _by_kernel(case, "auto", 16, 2)), 16
     if not rig.on_gpu or case.batch_bytes <= HEADLINE or rig.shape.chunk_bytes not in BOTH_WAYS_CHUNKS:
         return
-    yield "ours-wide", (_by_kernel(case, "wide", 16, 1), _by_kernel(case, "wide", 16, 2)), 16
-    yield "ours-static", (_by_kernel(case, "static", 16, 1), _by_kernel(case, "static", 16, 2)), 16
-    yield "ours-vector", (_by_kernel(case, "vector", 16, 1), _by_kernel(case, "vector", 16, 2)), 16
     for sms in BOTH_WAYS_SMS:
         yield f"ours-auto/{sms}", (_by_kernel(case, "auto", sms, 1), _by_kernel(case, "auto", sms, 2)), sms
+        yield f"ours-vector/{sms}", (_by_kernel(case, "vector", sms, 1), _by_kernel(case, "vector", sms, 2)), sms
+    for push, pull in itertools.product(RINGS, repeat=2):
+        yield f"ours-{push}-{pull}", (_by_ring(push, 1), _by_ring(pull, 2)), 16
     if rig.shape.layout == "page_first":
         yield "ours-staged-push", (_staged(16), _by_kernel(case, "auto", 16, 2)), 16
+        yield "ours-staged-push/vector-pull", (_staged(16), _by_kernel(case, "vector", 16, 2)), 16
         yield "ours-staged-pull", (_by_kernel(case, "auto", 16, 1), _staged(16)), 16
         yield "ours-staged-both", (_staged(16), _staged(16)), 16
+
+
+def _by_ring(name: str, lane: int) -> Maker:
+    def make(rig: Rig, direction: str, sets: list[Tables]) -> tuple[Move, Move]:
+        slot = rig.arena.layout.slot_bytes
+        method, sms, warps, stages, stage_bytes = RINGS[name]
+        config = _kv.CopyConfig(method, sms, warps, stages, max(slot, stage_bytes) if method == "bulk" else 0)
+        move = methods.ours(rig, direction, config, lane)
+        return move, move
+
+    return make
 
 
 def _by_kernel(case: Case, method: str, sms: int, lane: int) -> Maker:

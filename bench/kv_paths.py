@@ -26,12 +26,22 @@ class Submitter:
     Args:
         sms: the copier's SM budget.
         staging_bytes: its local memory for the path STAGED.
+        engines: the streams that carry its pieces.
     """
 
     def __init__(
-        self, rig: Rig, direction: str, path: Any, sets: Sequence[Tables], sms: int, staging_bytes: int = STAGING_BYTES
+        self,
+        rig: Rig,
+        direction: str,
+        path: Any,
+        sets: Sequence[Tables],
+        sms: int,
+        staging_bytes: int = STAGING_BYTES,
+        engines: int = 2,
     ) -> None:
-        self._copier = _kv.CudaCopier(rig.arena.layout, rig.base, rig.device.index, sms, 0.0, 10_000, staging_bytes)
+        self._copier = _kv.CudaCopier(
+            rig.arena.layout, rig.base, rig.device.index, sms, 0.0, 10_000, staging_bytes, engines
+        )
         self._way, self._path = direction_of(direction), path
         self._columns = {id(tables): self._host_columns(tables) for tables in sets}
         self._in_flight: deque[int] = deque()

@@ -27,7 +27,7 @@ PACKAGES = {
     "nixl": (("nixl._api", "nixl_cu13._api"), "nixl-cu13"),
     "mooncake": (("mooncake.engine",), "mooncake-transfer-engine-cuda13"),
 }
-MOST_ENTRIES = 8192
+MOST_ENTRIES = 2048
 LONGEST_S = 15.0
 
 

@@ -185,6 +185,11 @@ class Rig:
         ]
         return Tables(at_device, at_arena, tags, torch.zeros(pages, dtype=torch.int32, device=self.device))
 
+    def run_tables(self, pages: int) -> Tables:
+        """Random pool pages to arena pages side by side, as an arena that isn't worn gives them out."""
+        scattered, side_by_side = self.tables(pages), self.sequential_tables(pages)
+        return side_by_side._replace(device_pages=scattered.device_pages)
+
     def sequential_tables(self, pages: int) -> Tables:
         """The first pages to the first pages, in order: what scatter costs."""
         at = np.arange(pages)

@@ -25,6 +25,7 @@ DECODE_CHUNKS = (2 << 10,)
 DECODE_SMS = (1, 2, 4, 8, 16)
 DECODE_PACES_GBPS = (25.0, 50.0, 100.0, 200.0)
 SMALL_RINGS = (8, 16, 32, 64)  # SMs; one warp and 33 KiB each leave room for a decode kernel's blocks beside them
+THOROUGH_CHUNKS = (2 << 10, 32 << 10)  # of the sweeps: the others have fewer methods, that a run may end
 HEADLINE = 200 * MIB  # batches above it have rows that explain the others: equal shares, pages in order
 
 
@@ -130,7 +131,10 @@ class RowMaker:
 
     def _ours(self, rig: Rig, case: Case, direction: str, sets: list[Tables]) -> Iterator[dict[str, Any]]:
         names: tuple[str, ...] = ("auto",)
-        if rig.on_gpu and case.sms == 16:
+        thorough = rig.shape.name != "sweep" or rig.shape.chunk_bytes in THOROUGH_CHUNKS
+        if rig.on_gpu and case.sms == 16 and not thorough:
+            names += ("vector",)
+        elif rig.on_gpu and case.sms == 16:
             names += ("bulk", "vector", "static", "tiled")
         elif rig.on_gpu and case.sms == 12:
             names += ("static", "tiled")
@@ -161,7 +165,9 @@ class RowMaker:
 
     def _others(self, rig: Rig, case: Case, direction: str, sets: list[Tables]) -> Iterator[dict[str, Any]]:
         size = case.pages * rig.shape.page_bytes
-        makers: dict[str, Callable[[], Move]] = {"torch-index": lambda: methods.torch_index(rig, direction)}
+        makers: dict[str, Callable[[], Move]] = {}
+        if rig.shape.name != "sweep" or rig.shape.chunk_bytes in THOROUGH_CHUNKS:
+            makers["torch-index"] = lambda: methods.torch_index(rig, direction)
         if rig.on_gpu:
             makers["copy-batch"] = lambda: methods.copy_batch(rig, direction, sets)
             makers["host-pinned"] = lambda: methods.host_pinned(rig, direction, size)

@@ -78,6 +78,8 @@ def batches_of(shape: Shape, quick: bool) -> list[int]:
     """Batch sizes for a shape at 16 SMs: one page to 1 GiB."""
     if quick:
         return [0, 4 * MIB]
-    if shape.name.startswith("sweep"):
+    if shape.name == "sweep" and shape.chunk_bytes in (2 * KIB, 32 * KIB):
         return [0, 1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB]
+    if shape.name.startswith("sweep"):
+        return [0, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB]
     return [256 * MIB, GIB] if shape.name == "pieces" else [0, 256 * MIB, GIB]

@@ -57,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--tune", action="store_true", help="also try launch shapes at 16 SMs, and rows with the best")
     parser.add_argument("--only", nargs="*", default=[], help="shapes whose name contains one of these words")
+    parser.add_argument("--chunk-kib", type=int, nargs="*", default=[], help="shapes with chunks of these sizes only")
     parser.add_argument("--skip", nargs="*", default=[], help="leave out shapes whose name contains one of these words")
     parser.add_argument("--no-curve", action="store_true", help="16 SMs only")
     parser.add_argument(
@@ -87,6 +88,7 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
         listed += [*(sweep(kib) for kib in sizes[:2]), *MODEL_SHAPES, *(pieces(size) for size in PIECES)]
         listed += [*(sweep(kib) for kib in sizes[2:]), *(sweep(kib, "layer_first") for kib in sizes)]
     wanted = [shape for shape in listed if not args.only or any(word in shape.name for word in args.only)]
+    wanted = [shape for shape in wanted if not args.chunk_kib or shape.chunk_bytes >> 10 in args.chunk_kib]
     return [shape for shape in wanted if not any(word in shape.name for word in args.skip)]
 
 

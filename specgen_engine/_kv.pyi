@@ -371,6 +371,7 @@ class CudaCopier:
         max_gbps: typing.SupportsFloat | typing.SupportsIndex = 0.0,
         timeout_ms: typing.SupportsInt | typing.SupportsIndex = 10000,
         staging_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
+        staging_engines: typing.SupportsInt | typing.SupportsIndex = 2,
     ) -> None: ...
     def done(self, ticket: typing.SupportsInt | typing.SupportsIndex) -> bool: ...
     def launch(

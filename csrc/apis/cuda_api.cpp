@@ -63,12 +63,14 @@ void register_cuda(py::module_& module) {
     py::class_<CudaCopier>(module, "CudaCopier",
                            "Page copies on a stream of its own; large page-first ones through local staging memory.")
         .def(py::init([](PageLayout layout, uint64_t arena_base, int device, uint32_t sm_budget, double max_gbps,
-                         uint32_t timeout_ms, uint64_t staging_bytes) {
-                 return std::make_unique<CudaCopier>(std::move(layout), arena_base, device,
-                                                     CopierOptions{sm_budget, max_gbps, timeout_ms, staging_bytes});
+                         uint32_t timeout_ms, uint64_t staging_bytes, uint32_t staging_engines) {
+                 return std::make_unique<CudaCopier>(
+                     std::move(layout), arena_base, device,
+                     CopierOptions{sm_budget, max_gbps, timeout_ms, staging_engines, staging_bytes});
              }),
              py::arg("layout"), py::arg("arena_base"), py::arg("device"), py::arg("sm_budget") = 16,
-             py::arg("max_gbps") = 0.0, py::arg("timeout_ms") = 10000, py::arg("staging_bytes") = 0)
+             py::arg("max_gbps") = 0.0, py::arg("timeout_ms") = 10000, py::arg("staging_bytes") = 0,
+             py::arg("staging_engines") = 2)
         .def(
             "submit",
             [](CudaCopier& self, Direction direction, const Array<int64_t>& device_pages,

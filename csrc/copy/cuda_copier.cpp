@@ -59,7 +59,7 @@ CudaCopier::CudaCopier(PageLayout layout, uint64_t arena_base, int device, const
     check_cuda(cudaMemset(progress_, 0, kAllLanes * sizeof(Progress)), "lane counters");
     check_cuda(prepare_page_copy(kSharedBytesPerBlock), "shared memory limit");
     if (StagingRing::fits(layout_, options.staging_bytes))
-        ring_ = std::make_unique<StagingRing>(layout_, options.staging_bytes);
+        ring_ = std::make_unique<StagingRing>(layout_, options.staging_bytes, options.staging_engines);
     check_cuda(cudaDeviceSynchronize(), "preparing the copier");
 }
 

@@ -29,7 +29,8 @@ struct CopierOptions {
     uint32_t sm_budget = 16;
     double max_gbps = 0;
     uint32_t timeout_ms = 10000;
-    uint64_t staging_bytes = 0;  // local memory for CopyPath::kStaged, where pages fit it; 0: never staged
+    uint32_t staging_engines = 2;  // streams that carry the pieces
+    uint64_t staging_bytes = 0;    // local memory for CopyPath::kStaged, where pages fit it; 0: never staged
 };
 
 class CudaCopier {

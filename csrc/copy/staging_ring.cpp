@@ -8,6 +8,9 @@
 namespace specgen {
 namespace {
 
+// So few copies are enqueued one by one.
+constexpr size_t kFewEntries = 16;
+
 cudaEvent_t make_event() {
     cudaEvent_t event = nullptr;
     check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
@@ -28,7 +31,14 @@ void EngineBatch::add(uint64_t target, uint64_t source, uint64_t bytes) {
 }
 
 void EngineBatch::enqueue(cudaStream_t stream) {
-    enqueue_engine_batch(targets.data(), sources.data(), sizes.data(), sizes.size(), stream);
+    if (sizes.size() <= kFewEntries) {
+        for (size_t i = 0; i < sizes.size(); ++i)
+            check_cuda(cudaMemcpyAsync(reinterpret_cast<void*>(targets[i]), reinterpret_cast<const void*>(sources[i]),
+                                       sizes[i], cudaMemcpyDefault, stream),
+                       "cudaMemcpyAsync");
+    } else {
+        enqueue_engine_batch(targets.data(), sources.data(), sizes.data(), sizes.size(), stream);
+    }
     targets.clear(), sources.clear(), sizes.clear();
 }
 
@@ -47,8 +57,10 @@ bool StagingRing::fits(const PageLayout& layout, uint64_t bytes) {
     return layout.layout == ArenaLayout::kPageFirst && bytes / kPieces >= layout.page_bytes;
 }
 
-StagingRing::StagingRing(const PageLayout& layout, uint64_t bytes)
-    : page_bytes_(layout.page_bytes), piece_pages_(uint32_t(bytes / kPieces / layout.page_bytes)) {
+StagingRing::StagingRing(const PageLayout& layout, uint64_t bytes, uint32_t engines)
+    : page_bytes_(layout.page_bytes), piece_pages_(uint32_t(bytes / kPieces / layout.page_bytes)), engines_(engines) {
+    if (engines == 0 || kPieces % engines != 0)
+        throw UsageError(concat("engines=", engines, ": use 1, 2 or ", kPieces));
     if (!fits(layout, bytes))
         throw UsageError(concat("staging_bytes=", bytes, " hold no ", kPieces, " pages of ", layout.page_bytes,
                                 " bytes, or the arena isn't page-first"));
@@ -58,19 +70,23 @@ StagingRing::StagingRing(const PageLayout& layout, uint64_t bytes)
     std::vector<int64_t> slots(pages);
     std::iota(slots.begin(), slots.end(), 0);
     check_cuda(cudaMemcpy(slots_, slots.data(), pages * sizeof(int64_t), cudaMemcpyHostToDevice), "staging page table");
-    check_cuda(cudaStreamCreateWithFlags(&engine_, cudaStreamNonBlocking), "cudaStreamCreate");
-    started_ = make_event();
+    for (Engine& engine : engines_) {
+        check_cuda(cudaStreamCreateWithFlags(&engine.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+        engine.order = make_event();
+    }
     for (Piece& piece : pieces_) piece = {make_event(), make_event()};
 }
 
 StagingRing::~StagingRing() {
-    cudaStreamSynchronize(engine_);
+    for (Engine& engine : engines_) cudaStreamSynchronize(engine.stream);
     for (Piece& piece : pieces_) {
         cudaEventDestroy(piece.by_sms);
         cudaEventDestroy(piece.by_engine);
     }
-    cudaEventDestroy(started_);
-    cudaStreamDestroy(engine_);
+    for (Engine& engine : engines_) {
+        cudaEventDestroy(engine.order);
+        cudaStreamDestroy(engine.stream);
+    }
     cudaFree(slots_);
     cudaFree(memory_);
 }
@@ -101,28 +117,29 @@ void StagingRing::add_runs(const PageTransfer& transfer, const StagingPlan& plan
 
 void StagingRing::carry(const PageTransfer& transfer, const StagingPlan& plan, const std::vector<int64_t>& arena_pages,
                         const LaunchShape& shape, Progress* progress, cudaStream_t stream) {
-    follow(engine_, started_, stream);
+    for (Engine& engine : engines_) follow(engine.stream, engine.order, stream);
     uint32_t run = 0;
     for (uint32_t first = 0; first < plan.packed; first += piece_pages_) {
         Piece& piece = pieces_[first / piece_pages_ % kPieces];
+        const cudaStream_t engine = engines_[first / piece_pages_ % engines_.size()].stream;
         const PageTransfer part = local(transfer, first, std::min(piece_pages_, plan.packed - first));
         const bool reused = first / piece_pages_ >= kPieces;
         add_runs(transfer, plan, arena_pages, first, run);
         if (transfer.direction == Direction::kExport) {
             if (reused) check_cuda(cudaStreamWaitEvent(stream, piece.by_engine, 0), "reusing a piece");
             check_cuda(launch_page_copy(part, shape, progress, stream), "packing pages");
-            follow(engine_, piece.by_sms, stream);
-            batch_.enqueue(engine_);
-            check_cuda(cudaEventRecord(piece.by_engine, engine_), "ordering a piece");
+            follow(engine, piece.by_sms, stream);
+            batch_.enqueue(engine);
+            check_cuda(cudaEventRecord(piece.by_engine, engine), "ordering a piece");
         } else {
-            if (reused) check_cuda(cudaStreamWaitEvent(engine_, piece.by_sms, 0), "reusing a piece");
-            batch_.enqueue(engine_);
-            follow(stream, piece.by_engine, engine_);
+            if (reused) check_cuda(cudaStreamWaitEvent(engine, piece.by_sms, 0), "reusing a piece");
+            batch_.enqueue(engine);
+            follow(stream, piece.by_engine, engine);
             check_cuda(launch_page_copy(part, shape, progress, stream), "unpacking pages");
             check_cuda(cudaEventRecord(piece.by_sms, stream), "ordering a piece");
         }
     }
-    follow(stream, started_, engine_);
+    for (Engine& engine : engines_) follow(stream, engine.order, engine.stream);
 }
 
 }  // namespace specgen

@@ -27,7 +27,8 @@ void enqueue_engine_batch(const uint64_t* targets, const uint64_t* sources, cons
 class StagingRing {
   public:
     // `bytes` are divided into kPieces; throws UsageError when a piece would hold no page. On the current device.
-    StagingRing(const PageLayout& layout, uint64_t bytes);
+    // `engines` streams take the pieces in turn: while one waits for its next piece, another's is on the link.
+    StagingRing(const PageLayout& layout, uint64_t bytes, uint32_t engines);
     ~StagingRing();
     StagingRing(const StagingRing&) = delete;
     StagingRing& operator=(const StagingRing&) = delete;
@@ -54,8 +55,11 @@ class StagingRing {
     uint32_t piece_pages_;
     uint8_t* memory_ = nullptr;
     int64_t* slots_ = nullptr;  // 0, 1, 2, ...: the pages of `memory_` as a page table
-    cudaStream_t engine_ = nullptr;
-    cudaEvent_t started_ = nullptr;
+    struct Engine {
+        cudaStream_t stream = nullptr;
+        cudaEvent_t order = nullptr;
+    };
+    std::vector<Engine> engines_;
     std::array<Piece, kPieces> pieces_{};
     EngineBatch batch_;
 };
