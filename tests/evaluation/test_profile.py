@@ -146,10 +146,11 @@ def test_fifteen_lines_at_most_and_the_same_profile_after_json() -> None:
     page = raw_page(*(launch(f"kernel_{n}", 1e5 - n, 91, 10, **{STALL: 20, WAIT: 1}) for n in range(6)))
     found = profile_of(page, Work(20_000_000, 5_000_000, 0)).with_reason("ncu: no permission" * 30)
     text = summary.profile_text(found)
-    assert 8 <= len(text.splitlines()) <= summary.LINES
+    assert len(text.splitlines()) == summary.LINES == 15
     assert max(map(len, text.splitlines())) <= summary.LINE_CHARS
     assert "bound by memory" in text
     assert "limit 1" in text
+    assert "metrics: SM busy 10%, memory busy 91%" in text
     assert Profile.from_dict(found.to_dict()) == found
     assert summary.profile_text(Profile(Tool.NONE, reason="no tool")) == "profile: none (no tool)"
 
@@ -261,6 +262,8 @@ def test_an_export_without_kernels_and_other_files_are_one_line_each(tmp_path: P
 
 
 def test_limits_below_a_twentieth_are_not_worth_a_line() -> None:
-    limits = [Limit("a", 0.04, "", ""), Limit("b", 0.3, "", ""), *(Limit(f"c{n}", 0.1, "", "") for n in range(4))]
-    assert [limit.title for limit in summary.limits_of(limits)] == ["b", "c0", "c1"]
+    small, large = Limit("a", 0.04, "", ""), Limit("b", 0.3, "", "")
+    several = [Limit(f"c{n}", 0.1, "", "") for n in range(4)]
+    assert [limit.title for limit in summary.limits_of([small, large])] == ["b"]
+    assert [limit.title for limit in summary.limits_of([small, *several, large])] == ["b", "c0", "c1"]
     assert Roofline(None, None, None, None, "", "task", "unknown").memory is None

@@ -207,3 +207,18 @@ def test_a_tool_that_hangs_ends_at_the_stage_limit(bench: Bench, tmp_path: Path)
         assert short.left() == []
     finally:
         short.thread.close()
+
+
+def test_a_pool_can_be_told_to_profile_every_correct_candidate(bench: Bench) -> None:
+    """As the controller's pool is by evaluation.profile."""
+    pool = bench.thread.pool
+    pool.evaluate_options = {"profile": "torch.profiler"}
+    try:
+        verdict = bench.thread.call(_plain(bench))
+    finally:
+        pool.evaluate_options = None
+    assert profile_in(verdict).tool == "torch.profiler"
+
+
+async def _plain(bench: Bench) -> Verdict:
+    return await bench.thread.pool.submit(TASK, Candidate(module()), search="test").verdict()

@@ -14,8 +14,9 @@ from .launches import Call
 from .roofline import Peaks, Work
 
 LINES = 15
+"""Head, note, roofline, kernels, two a limit, metrics: what profile_text can write at most."""
 LINE_CHARS = 150
-TOP_LIMITS, TOP_KERNELS = 3, 3
+TOP_LIMITS, TOP_KERNELS = 3, 5
 LEAST_SHARE = 0.05
 IDEAL_SECTORS = 4.0
 """32-byte sectors a request of a warp reading 4-byte words side by side; 16 for 16-byte loads."""
@@ -216,12 +217,10 @@ def profile_text(profile: Profile) -> str:
     for number, limit in enumerate(profile.limits, 1):
         lines.append(f"limit {number}: {limit.title} (up to {limit.share:.0%}): {limit.evidence}")
         lines.append(f"   try: {limit.advice}")
-    figures = [f"{metric.name}={_figure(metric)}" for metric in _chosen(profile)]
+    figures = [f"{_SHOWN.get(metric.name, metric.name)} {_figure(metric)}" for metric in _chosen(profile)]
     if figures:
-        lines.append("metrics: " + ", ".join(figures[:3]))
-        if len(figures) > 3:
-            lines.append("         " + ", ".join(figures[3:6]))
-    return "\n".join(line[:LINE_CHARS] for line in lines[:LINES])
+        lines.append("metrics: " + ", ".join(figures))
+    return "\n".join(line[:LINE_CHARS] for line in lines)
 
 
 def _roofline_lines(profile: Profile) -> list[str]:
@@ -253,8 +252,10 @@ def _kernel_line(profile: Profile, kernel: Kernel) -> str:
     return "; ".join(words)
 
 
-_SHOWN = (ncu.SM_BUSY, ncu.MEMORY_BUSY, ncu.DRAM_BUSY, ncu.TENSOR_BUSY, "lts__t_sector_hit_rate.pct",
-          "smsp__issue_active.avg.pct_of_peak_sustained_active")  # fmt: skip
+_SHOWN = {
+    ncu.SM_BUSY: "SM busy", ncu.MEMORY_BUSY: "memory busy", ncu.DRAM_BUSY: "DRAM busy", ncu.TENSOR_BUSY: "tensor busy",
+    "lts__t_sector_hit_rate.pct": "L2 hits", "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue slots busy",
+}  # fmt: skip
 
 
 def _chosen(profile: Profile) -> list[Metric]:
@@ -263,7 +264,7 @@ def _chosen(profile: Profile) -> list[Metric]:
 
 
 def _figure(metric: Metric) -> str:
-    return f"{metric.value:.4g}{' ' if metric.unit and metric.unit != '%' else ''}{metric.unit}"
+    return f"{metric.value:.4g}{'' if metric.unit == '%' else ' '}{metric.unit}".rstrip()
 
 
 def _value(figures: Mapping[str, Metric], name: str) -> float | None:
