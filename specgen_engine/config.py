@@ -76,7 +76,11 @@ class SchedulerConfig(Section):
 
 class EvaluationConfig(Section):
     workers: int = Field(default=1, ge=1, description="candidates evaluated at once")
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu or cuda:N")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*)$",
+        description="auto, cpu, cuda:N, or several GPUs as cuda:1,cuda:2",
+    )
     compile_s: float = Field(default=180, gt=0, description="seconds a candidate may take to compile")
     check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")
     time_s: float = Field(default=30, gt=0, description="seconds the timing may take")

@@ -211,6 +211,8 @@ class LocalBackend:
             name, _, number = device.partition(":")
             if device != "cpu" and (name != "cuda" or not (number or "0").isdigit()):
                 raise ValueError(f"device={device!r}: use cpu or cuda:N")
+            if name == "cuda" and int(number or 0) >= (gpus := visible_gpus()):
+                raise ValueError(f"device={device!r}: there are {gpus} GPUs here; use a lower number")
         self.limits, self.cache, self.log = limits or EvaluationLimits(), cache or default_cache(), log
         self.lending, self.room_bytes = lending, room_bytes
         self.closing = False
@@ -275,7 +277,7 @@ class LocalBackend:
 class LocalPool(Driver):
     """See Pool. Workers start in the background once start() runs; each holds torch, about 0.4 GB, and two processes.
 
-    device: 'cpu' or 'cuda:N', for `workers` workers; or devices: one entry a worker.
+    device: 'cpu' or 'cuda:N', or several with commas between, each for `workers` workers.  devices: one entry a worker.
     log: a file descriptor or file for what workers print (default: this process's stderr).
     Raises ValueError naming the field when workers or device is out of range.
     """
@@ -297,7 +299,7 @@ class LocalPool(Driver):
         if workers < 1:
             raise ValueError(f"workers={workers}: use at least 1")
         backend = LocalBackend(
-            tuple(devices) or (device,) * workers, limits=limits, cache=cache, log=log, lending=lending
+            tuple(devices) or tuple(device.split(",")) * workers, limits=limits, cache=cache, log=log, lending=lending
         )
         metrics = None
         if "prometheus_client" in sys.modules:  # else nobody reads them here
@@ -310,6 +312,22 @@ class LocalPool(Driver):
     @property
     def _slots(self) -> list[WorkerProcess]:
         return self.local.places
+
+
+def visible_gpus() -> int:
+    """As CUDA will count them; without asking CUDA, since workers fork. Where NVML does not answer: any number."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([one for one in visible.split(",") if one.strip()])
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return int(pynvml.nvmlDeviceGetCount())
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no such package, library or driver
+        return 1 << 30
 
 
 def _bury(process: subprocess.Popen[bytes], scratch: Path) -> None:

@@ -134,6 +134,16 @@ def test_bad_arguments() -> None:
         EvaluationLimits(sandbox="maybe")
 
 
+def test_a_gpu_that_is_not_there_is_refused_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert [place.device for place in LocalPool(device="cuda:0,cuda:1", workers=2).local.places] == [
+        "cuda:0",
+        "cuda:1",
+    ] * 2
+    with pytest.raises(ValueError, match=r"device='cuda:2': there are 2 GPUs here; use a lower number"):
+        LocalPool(device="cuda:1,cuda:2")
+
+
 def test_a_worker_that_cannot_start_is_one_error(tmp_path: Path) -> None:
     async def session() -> None:
         pool = LocalPool(workers=1, device="cuda:0", limits=LIMITS, cache=tmp_path)
