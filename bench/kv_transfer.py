@@ -94,7 +94,7 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 
 def cases(shape: Shape, args: argparse.Namespace) -> list[Case]:
     """A shape's batches at 16 SMs, and the SM curve at the headline batches of sweeps."""
-    listed = all_cases(shape, args.quick)
+    listed = {(case.pages, case.sms): case for case in all_cases(shape, args.quick)}.values()
     return [c for c in listed if c.batch_bytes <= args.most_mib * MIB and not (args.no_curve and c.sms != 16)]
 
 

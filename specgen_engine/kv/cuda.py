@@ -29,7 +29,7 @@ class CudaBackend:
         sm_budget: int = 16,
         max_gbps: float = 0.0,
         copy_timeout_ms: int = 10_000,
-        staging_bytes: int = 64 << 20,
+        staging_bytes: int = 0,
     ) -> None:
         if not _kv.HAS_CUDA:
             raise KvError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from bench import kv_failures, kv_headline, kv_links, kv_plot, kv_sanitize, kv_transfer
-from bench.kv_shapes import MODEL_SHAPES, mla, qwen3_8b
+from bench.kv_methods import address_lists
+from bench.kv_rig import LenderProcess, Rig, Tables
+from bench.kv_shapes import MODEL_SHAPES, Shape, mla, qwen3_8b
 from bench.machine import new_report, write_report
 from specgen_engine.kv.native import _kv
 
@@ -53,6 +57,37 @@ def test_rehearsed_report_has_the_schema_and_every_measured_row_is_verified(rehe
     for row in report["rows"]:
         assert row.keys() >= ROW_FIELDS
         assert row["verified"] is True if row["gbps"] else row["skipped"]
+
+
+def test_peer_libraries_have_rows_that_move_pages_or_say_why_not(rehearsal: Path) -> None:
+    rows = [row for row in json.loads(rehearsal.read_text())["rows"] if row["method"] in ("nixl", "mooncake")]
+    assert {(row["method"], row["direction"]) for row in rows} == set(
+        itertools.product(("nixl", "mooncake"), ("push", "pull"))
+    )
+    for row in rows:
+        assert row["clock"] == "host"
+        assert row["verified"] if row["gbps"] else "isn't installed" in row["skipped"]
+
+
+def test_a_peers_page_lists_name_the_bytes_that_ours_move(tmp_path: Path) -> None:
+    for layout in ("page_first", "layer_first"):
+        with LenderProcess("loopback", 1, 2, 4) as lender:
+            rig = Rig("cpu", lender, 2, Shape("mixed", (1024, 528), layout), 1 << 20, seed=5)
+            tables = rig.tables(300)
+
+            def copy(given: Tables, rig: Rig = rig) -> None:
+                for target, source, size in zip(*address_lists(rig, "push", given, rig.base), strict=True):
+                    ctypes.memmove(int(target), int(source), int(size))
+
+            assert rig.verify_push(copy, tables, tagged=False)
+            rig.close()
+
+
+def test_the_fewest_sms_for_a_share_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"method": "ours-auto", "shape": "sweep", "chunk_bytes": 2048, "bytes": 1 << 30, "direction": "push"}
+    rows = [row | {"sms": sms, "gbps": 1.0, "of_ceiling": share} for sms, share in ((4, 0.4), (12, 0.86), (16, 0.93))]
+    kv_headline.print_fewest_sms(rows)
+    assert "70 %: 12, 80 %: 12, 85 %: 12, 90 %: 16, 92 %: 16, 95 %: none" in capsys.readouterr().out
 
 
 def test_wrong_bytes_are_noticed(rehearsal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
