@@ -3,7 +3,7 @@
     python -m bench.elastic --live [--devices cuda:0,cuda:1 --traces DIR] --json F
 
 Each policy gets the same candidates at the same moments and its own empty build cache. A candidate is evaluated in the
-validating role; a correct one goes on to the profiling role; feedback is there when the last of its jobs is over.
+validating role; one that passes its check goes on to the profiling role; feedback is there when the last of its jobs is over.
 Without traces the candidates are synthetic and sleep in their first check, so that a busy CPU does not matter.
 """
 
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from bench.elastic_sim import FifoState, Simulation, parse_policy, percentile
 from bench.elastic_workload import Candidate, Workload
 from specgen_engine.evaluation import base
-from specgen_engine.evaluation.base import Status
 from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.pools.base import JobStage, busy_seconds
 from specgen_engine.pools.job import PoolJob
@@ -150,7 +149,7 @@ async def _one(pool: LocalPool, arrival: Arrival, start: float, stage: JobStage)
             Ran(arrival.number, role, queued, job.began - start, ended, busy_seconds(verdict.stages), verdict.status)
         )
         print(f"  {arrival.name} {_brief(rows[-1])} {verdict.reason[:120]}", flush=True)
-        if verdict.status is not Status.CORRECT:
+        if base.Stage.TIME not in verdict.stages:  # its check did not pass
             break
     return rows
 
@@ -188,10 +187,9 @@ def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str,
 def simulated(
     policy: str, arrivals: list[Arrival], own: list[Ran], others: list[list[Ran]], gpus: int, config: PolicyConfig
 ) -> dict[str, float]:
-    """The same burst in virtual time. Statuses are those of the live run; seconds are means of the other live runs."""
-    status = {(row.number, row.role): row.status for row in own}
+    """The same burst in virtual time. Which jobs there are is the live run's word; seconds are means of the other live runs."""
     times: dict[tuple[int, Role], tuple[float, float]] = {}
-    for key in status:
+    for key in [(row.number, row.role) for row in own]:
         rows = [row for run in others for row in run if (row.number, row.role) == key] or [
             row for row in own if (row.number, row.role) == key
         ]
@@ -201,7 +199,7 @@ def simulated(
     for one in arrivals:
         check, check_idle = times[one.number, Role.VALIDATE]
         profile, profile_idle = times.get((one.number, Role.PROFILE), (0.0, 0.0))
-        correct = status[one.number, Role.VALIDATE] == Status.CORRECT
+        correct = (one.number, Role.PROFILE) in times
         candidates.append(
             Candidate(one.number, one.search, 0, one.number, one.at, one.at, check, profile, correct, False,
                       check_idle, profile_idle)
