@@ -3,7 +3,7 @@
     python -m bench.elastic --live [--devices cuda:0,cuda:1 --traces DIR] --json F
 
 Each policy gets the same candidates at the same moments and its own empty build cache. A candidate is evaluated in the
-validating role; one that passes its check goes on to the profiling role; feedback is there when the last of its jobs is over.
+validating role; one that passes its check goes on to the profiling role; feedback is there when its last job is over.
 Without traces the candidates are synthetic and sleep in their first check, so that a busy CPU does not matter.
 """
 
@@ -187,7 +187,7 @@ def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str,
 def simulated(
     policy: str, arrivals: list[Arrival], own: list[Ran], others: list[list[Ran]], gpus: int, config: PolicyConfig
 ) -> dict[str, float]:
-    """The same burst in virtual time. Which jobs there are is the live run's word; seconds are means of the other live runs."""
+    """The same burst in virtual time: the jobs of this live run, with seconds that are means of the other live runs."""
     times: dict[tuple[int, Role], tuple[float, float]] = {}
     for key in [(row.number, row.role) for row in own]:
         rows = [row for run in others for row in run if (row.number, row.role) == key] or [
