@@ -23,7 +23,7 @@ Row = dict[str, Any]
 DIRECTIONS = ("push", "pull")
 MOST_ENGINE_ENTRIES = 2048
 LEAST_STAGED = 16 * MIB
-HEADLINE = 200 * MIB
+HEADLINE, LARGEST = 200 * MIB, 800 * MIB
 OTHER_STAGINGS = (32 * MIB, 128 * MIB)
 BOTH_WAYS_CHUNKS = (2 * KIB, 32 * KIB)
 DECODE_SMS = (2, 4, 8, 16)
@@ -159,7 +159,7 @@ def _both_ways(rig: Rig, case: Case) -> Iterator[tuple[str, tuple[Maker, Maker],
     for sms in BOTH_WAYS_SMS:
         yield f"ours-auto/{sms}", (_by_kernel(case, "auto", sms, 1), _by_kernel(case, "auto", sms, 2)), sms
         yield f"ours-vector/{sms}", (_by_kernel(case, "vector", sms, 1), _by_kernel(case, "vector", sms, 2)), sms
-    for push, pull in itertools.product(RINGS, repeat=2):
+    for push, pull in itertools.product(RINGS, repeat=2) if case.batch_bytes > LARGEST else ():
         yield f"ours-{push}-{pull}", (_by_ring(push, 1), _by_ring(pull, 2)), 16
     if rig.shape.layout == "page_first":
         yield "ours-staged-push", (_staged(16), _by_kernel(case, "auto", 16, 2)), 16

@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--plot", type=Path, help="draw the report's curves")
-    parser.add_argument("--plot-from", type=Path, help="draw an existing report and measure nothing")
+    parser.add_argument("--plot-from", type=Path, nargs="+", help="draw existing reports and measure nothing")
     parser.add_argument("--backend", choices=("cuda", "loopback"), default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few small cases")
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         from bench.kv_plot import plot_report
 
-        plot_report(args.json, args.plot)
+        plot_report([args.json], args.plot)
     wrong = [row for row in report["rows"] if row.get("verified") is False]
     print(f"{len(report['rows'])} rows, {len(wrong)} with wrong bytes; report in {args.json}")
     return 1 if wrong else 0

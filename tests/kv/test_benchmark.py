@@ -110,7 +110,7 @@ def test_report_can_be_drawn_and_judged_later(
     picture = tmp_path / "curves.png"
     assert kv_transfer.main(["--plot-from", str(rehearsal), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert kv_plot.plot_report(tmp_path / "none.json", picture) == 2
+    assert kv_plot.plot_report([tmp_path / "none.json"], picture) == 2
     assert kv_headline.main([str(rehearsal)]) == 0
     assert "64 x 32 KiB push ours-auto" in capsys.readouterr().out
 
