@@ -1,4 +1,4 @@
-"""Time to first token of a prefix by where its KV is: recomputed, in host memory, in a peer GPU, in the GPU's own cache.
+"""Time to first token of a prefix by where its KV is: nowhere, in host memory, in a peer GPU, in the GPU's own cache.
 
     python -m bench.kv_tier --json F --plot F.png [--model DIR] [--attention-backend NAME]      # two GPUs
     python -m bench.kv_tier --backend loopback --quick --json F                                 # a rehearsal on a CPU
@@ -7,7 +7,7 @@ Two servers run the same model: one with --specgen-kv peer on GPU 0, whose lende
 host memory on GPU 1. Only one is asked at a time. The KV pool holds little more than the longest prefix, so asking for
 the prefixes in turn evicts each before it is asked for again; a sample counts only when SGLang says that the prefix
 came from the level it is booked under. Requests carry token ids, the prefix and a fresh suffix, and ask for one token;
-the time is what the client sees. Restored and own-cache answers must be the same tokens.
+the time is what the client sees.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+
+import psutil
 
 from bench.kv_tier_client import Client
 from bench.kv_tier_measure import Plan, measure_alone, measure_at_once, measure_under_decode
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=240, help="no measurement is begun after this")
     parser.add_argument("--logs", type=Path, default=Path("kv_tier_logs"))
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--wait-for-pids", type=int, nargs="*", default=[], help="measure only when these have ended")
     args = parser.parse_args()
     plan = QUICK if args.quick else FULL
     report = new_report("specgen.kv_tier/1", args.seed)
@@ -51,8 +54,9 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             clients = start_servers(stack, options)
-            for level, client in clients.items():
-                for measure in (measure_alone, measure_at_once, measure_under_decode):
+            wait_for(args.wait_for_pids, deadline)
+            for measure in (measure_alone, measure_at_once, measure_under_decode):
+                for level, client in clients.items():
                     if time.monotonic() > deadline:
                         report["notes"].append(f"{level}: {measure.__name__} not run, {args.budget_s} s were over")
                         continue
@@ -62,7 +66,7 @@ def main() -> int:
                         report["notes"].append(f"{level}: {measure.__name__} failed: {error}")
                     print(f"{level} {measure.__name__}: {len(report['rows'])} rows", flush=True)
                     write_report(args.json, report)
-                report[f"state_{level}"] = client.tier_state()
+            report["tier_state"] = clients[args.backend].tier_state()
     except SpecGenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -71,6 +75,12 @@ def main() -> int:
     if args.plot is not None:
         plot(report, args.plot)
     return 0
+
+
+def wait_for(pids: list[int], deadline: float) -> None:
+    """Others that use the same GPUs end first."""
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def show(rows: list[dict[str, object]], clients: dict[str, Client]) -> None:

@@ -48,37 +48,32 @@ def from_device(answer: Answer, prefix: int) -> bool:
 
 
 def measure_alone(client: Client, level: str, plan: Plan, seed: int, notes: list[str]) -> list[dict[str, Any]]:
-    """One request at a time, longest prefix first: it evicts all others."""
+    """One request at a time, longest prefix first, which evicts all others; a filler at the end evicts it in turn."""
     order = sorted(plan.prefixes, reverse=True)
     prefixes = {length: random_ids(seed * 1_000 + length, length) for length in order}
+    filler = random_ids(seed * 1_000 + 1, order[0] + order[0] // 8 - sum(order[1:]))
     times: dict[tuple[str, int], list[float]] = {}
+
+    def note(kind: str, length: int, answer: Answer, complete: bool) -> None:
+        if complete:
+            times.setdefault((kind, length), []).append(answer.seconds)
+
     client.ask(random_ids(seed, 256))  # what a first request costs is not measured
     for length in order:
         answer = client.ask(prefixes[length])
-        if answer.device + answer.tier < 16:
-            times.setdefault(("recompute", length), []).append(answer.seconds)
-    wrong = 0
-    for number in range(plan.rounds):
-        for length in order:
-            suffix = 10**5 * (number + 1) + length
-            restored = client.ask(prefixes[length], 4, suffix)
-            client.ask(prefixes[length])  # the suffix's own KV must not be in the next answer's prefix
-            own = client.ask(prefixes[length], 4, suffix)
-            wrong += own.ids != restored.ids
-            again = client.ask(prefixes[length])
-            if from_device(again, length):
-                times.setdefault(("own", length), []).append(again.seconds)
+        note("recompute", length, answer, answer.device + answer.tier < 16)
+    client.ask(filler)
+    for _ in range(plan.rounds):
         for length in order:
             answer = client.ask(prefixes[length])
-            if from_tier(answer, length):
-                times.setdefault((level, length), []).append(answer.seconds)
-    notes.append(f"{level}: {wrong} of {plan.rounds * len(order)} restored answers differ from the own cache's")
+            note(level, length, answer, from_tier(answer, length))
+            answer = client.ask(prefixes[length])
+            note("own", length, answer, from_device(answer, length))
+        client.ask(filler)
     missing = [length for length in order if (level, length) not in times]
     if missing:
         notes.append(f"{level}: no complete restore alone of {missing} tokens")
-    return [
-        row(client, one, length, "alone", seconds, server=level) for (one, length), seconds in sorted(times.items())
-    ]
+    return [row(client, one, length, "alone", found, server=level) for (one, length), found in sorted(times.items())]
 
 
 def measure_at_once(client: Client, level: str, plan: Plan, seed: int, notes: list[str]) -> list[dict[str, Any]]:
@@ -130,7 +125,7 @@ def measure_under_decode(client: Client, level: str, plan: Plan, seed: int, note
     load = f"{plan.decodes} decodes"
     complete = [answer.seconds for answer in restored if from_tier(answer, length)]
     hits = [answer.seconds for answer in own if from_device(answer, length)]
-    rates = {"decode_alone": round(alone, 1), "decode_beside": round(beside_restores, 1)}
+    rates: dict[str, Any] = {"decode_alone": round(alone, 1), "decode_beside": round(beside_restores, 1)}
     rates |= {"decode_beside_own": round(beside_own, 1), "asked": len(restored), "server": level}
     slowdown = round(1 - beside_restores / beside_own, 4) if beside_own else None
     rows = []

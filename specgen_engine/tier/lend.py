@@ -53,7 +53,7 @@ def plan_offer(wanted: int | None, free_bytes: int, chunk_bytes: int, reserve: i
         raise TierError(
             f"--specgen-kv-lend {asked}: the device has {free_bytes / 2**30:.2f} GiB free"
             + (f", {reserve / 2**30:.0f} of them kept for evaluations" if wanted is None else "")
-            + f"; between 1 and {fits} chunks of {chunk_bytes >> 20} MiB can be lent, that is {fits * chunk_bytes} bytes"
+            + f"; what fits is 1 to {fits} chunks of {chunk_bytes >> 20} MiB, {fits * chunk_bytes} bytes"
         )
     return Offer(lent // chunk_bytes, chunk_bytes, free_bytes)
 

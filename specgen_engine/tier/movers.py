@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from copy import copy
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -129,8 +130,10 @@ class CudaMover:
         self._shape, self._arena, self._stats = shape, arena, stats
         self._device = torch.device("cuda", arena.backend.device)  # type: ignore[attr-defined]
         per_layer = shape.planes_per_layer
+        backend: Any = copy(arena.backend)
+        backend.staging_bytes = 0  # a layer's share is moved by one kernel: no staging memory for each
         self._layers: list[Any] = [
-            arena.backend.copier(_kv.select_planes(arena.layout, at, per_layer), arena.space.base)
+            backend.copier(_kv.select_planes(arena.layout, at, per_layer), arena.space.base)
             for at in range(0, len(shape.planes), per_layer)
         ]
         self._import: _Transfer | None = None

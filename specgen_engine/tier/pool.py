@@ -210,8 +210,9 @@ class ArenaPool(HostKVCache):
             return np.empty(0, np.int64)
         self._revocations_seen = self.arena.revocations
         used = np.flatnonzero(self.slot_used[:: self.page_size].numpy())
-        lost = used[~current(self.arena, self._refs(used))]
+        lost = used[(self._arena_pages[used] == NO_PAGE) | ~current(self.arena, self._refs(used))]
         self._suspect = len(lost) > 0
+        self._give_back(lost)
         return lost
 
     def capacity(self) -> int:

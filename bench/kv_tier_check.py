@@ -1,0 +1,110 @@
+"""Are answers the same with the tier as without it? Real servers, one attention backend at a time.
+
+    python -m bench.kv_tier_check --json F --model DIR --attention-backend triton flashinfer
+
+For each backend two servers run the same model: one with the tier off and a pool that holds everything, one with
+--specgen-kv peer and a pool that holds a few prompts. Both are asked the same, in the same order, one request at a
+time: every prompt, then every prompt with a suffix, whose prefix is then in the own cache of the first server and,
+evicted meanwhile, in the second one's tier. Shapes are the same, so tokens must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bench.kv_tier_client import Client, random_ids
+from bench.kv_tier_servers import GPU_ARGUMENTS, Options, lender
+from bench.machine import new_report, write_report
+from specgen_engine.errors import SpecGenError
+from specgen_engine.serving.process import running_server
+
+PROMPTS, LENGTH, TOKENS = 16, 1_000, 32
+SMALL_POOL, LARGE_POOL = 4_096, 40_960
+
+
+def start(stack: ExitStack, options: Options, name: str, pool: int, arguments: list[str]) -> Client:
+    words = ["--enable-specgen", "--model-path", str(options.model), *GPU_ARGUMENTS, *arguments]
+    words += ["--attention-backend", options.attention_backend, "--max-total-tokens", str(pool)]
+    log = options.logs / f"check_{options.attention_backend}_{name}.log"
+    server = stack.enter_context(running_server(words, log, dict(os.environ), timeout_s=280))
+    return Client(server.url, 0)
+
+
+def answers_of(client: Client) -> tuple[list[list[int]], int, int]:
+    """(tokens of every prompt with its suffix, prefix tokens from the own cache, from the tier)."""
+    prompts = [random_ids(500 + i, LENGTH) for i in range(PROMPTS)]
+    for prompt in prompts:
+        client.ask(prompt)
+    answers = [client.ask(prompt, TOKENS) for prompt in prompts]
+    return [one.ids for one in answers], sum(one.device for one in answers), sum(one.tier for one in answers)
+
+
+def check(options: Options, wait_for: Path | None) -> dict[str, Any]:
+    """One row: how many of the answers agree, and where their prefixes came from."""
+    row: dict[str, Any] = {"attention_backend": options.attention_backend, "prompts": PROMPTS, "tokens": TOKENS}
+    with ExitStack() as stack:
+        folder = stack.enter_context(lender(options, "4GiB", 64))
+        tier = ["--specgen-kv", "peer", "--specgen-kv-directory", str(folder)]
+        with ThreadPoolExecutor(2) as threads:
+            plain = threads.submit(start, stack, options, "off", LARGE_POOL, [])
+            remote = threads.submit(start, stack, options, "peer", SMALL_POOL, tier)
+            plain.result(), remote.result()
+            while wait_for is not None and not wait_for.exists():
+                time.sleep(0.2)
+            expected, own, _ = answers_of(plain.result())
+            found, device, restored = answers_of(remote.result())
+            row["state"] = remote.result().tier_state()
+    same = sum(a == b for a, b in zip(expected, found, strict=True))
+    return row | {
+        "equal": same,
+        "own_cache_tokens": own,
+        "device_tokens": device,
+        "tier_tokens": restored,
+        "ids": expected,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kv_tier_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--attention-backend", nargs="+", default=["triton", "flashinfer"])
+    parser.add_argument("--wait-for", type=Path, help="a file: servers start at once, requests when it exists")
+    parser.add_argument("--logs", type=Path, default=Path("kv_tier_logs"))
+    args = parser.parse_args()
+    args.logs.mkdir(parents=True, exist_ok=True)
+    report = new_report("specgen.kv_tier_check/1", 500) | {"rows": []}
+    options = [Options(args.model, "peer", name, 0, args.logs) for name in args.attention_backend]
+    with ThreadPoolExecutor(len(options)) as threads:
+        for row in threads.map(attempt, options, [args.wait_for] * len(options)):
+            report["rows"].append(row)
+            write_report(args.json, report)
+    first = report["rows"][0].get("ids")
+    for row in report["rows"]:
+        ids = row.pop("ids", None)
+        if ids is not None and first is not None:
+            row["equal_to_first_backend"] = sum(a == b for a, b in zip(first, ids, strict=True))
+        print(row, flush=True)
+    write_report(args.json, report)
+    return 0 if all(row.get("equal") == PROMPTS for row in report["rows"]) else 1
+
+
+def attempt(options: Options, wait_for: Path | None) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        return check(options, wait_for) | {"seconds": round(time.monotonic() - started)}
+    except (SpecGenError, OSError, ValueError) as error:
+        return {"attention_backend": options.attention_backend, "error": str(error)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

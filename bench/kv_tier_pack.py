@@ -1,0 +1,79 @@
+"""Collect what a GPU host without network needs, besides SGLang itself, to run bench.kv_tier.
+
+    python -m bench.kv_tier_pack OUT [--prebuilt _kv.cpython-312-x86_64-linux-gnu.so]
+
+OUT/qwen3-8b and OUT/small: configurations and a tokenizer, for random weights; OUT/site: the package's entry points, so
+that SGLang finds the plugin in an unpacked tree; OUT/COMMIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.machine import commit
+from specgen_engine import __version__
+from specgen_engine.serving.models import smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def qwen3(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, Any]:
+    """Qwen3's shape: 8 KV heads of 128; more positions than the released model, for a prefix of 64,000 tokens."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": 131_072,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151_936,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kv_tier_pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--prebuilt", type=Path)
+    args = parser.parse_args()
+    shapes = {"qwen3-8b": qwen3(4096, 36, 32, 12_288), "small": qwen3(1024, 4, 16, 3_072)}
+    source = smollm2()
+    for name, config in shapes.items():
+        folder = args.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in ("tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(source / file, folder / file)
+    shutil.copyfile(source / "tokenizer.json", args.out / "tokenizer.json")
+    info = args.out / "site" / f"specgen_engine-{__version__}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: specgen-engine\nVersion: {__version__}\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nspecgen = specgen_engine.plugin:load\n")
+    if args.prebuilt is not None:
+        (args.out / "prebuilt").mkdir(exist_ok=True)
+        shutil.copyfile(args.prebuilt, args.out / "prebuilt" / args.prebuilt.name)
+    (args.out / "COMMIT").write_text((commit() or "unknown") + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The servers and the lender of bench.kv_tier."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.kv_tier_client import Client
+from specgen_engine.errors import SpecGenError
+from specgen_engine.serving.command import prepare
+from specgen_engine.serving.process import running_server
+
+HOST_GB = 20
+CHUNK_MIB = 64
+GPU_ARGUMENTS = (
+    *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
+    *("--mem-fraction-static", "0.85", "--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled"),
+    *("--max-running-requests", "64", "--cuda-graph-max-bs-decode", "64", "--random-seed", "1"),
+    *("--specgen-evaluation-device", "cpu"),
+)
+
+
+class Options(NamedTuple):
+    """`longest`: tokens of the longest prefix; the pool holds a little more."""
+
+    model: Path | None
+    backend: str
+    attention_backend: str
+    longest: int
+    logs: Path
+
+
+def start_servers(stack: ExitStack, options: Options) -> dict[str, Client]:
+    """{level: client}; both servers start at once. Raises SpecGenError with the log's last error."""
+    options.logs.mkdir(parents=True, exist_ok=True)
+    pool = options.longest + max(96, options.longest // 16)
+    cpu = options.backend == "loopback"
+    size = "256MiB" if cpu else f"{int(2.5 * options.longest * 147_456 / 2**30) + 2}GiB"
+    socket = stack.enter_context(lender(options, size, 1 if cpu else CHUNK_MIB))
+    tier = ["--specgen-kv", options.backend, "--specgen-kv-directory", str(socket)]
+    tier += ["--specgen-kv-chunk-mib", str(1 if cpu else CHUNK_MIB)]
+    levels = {options.backend: (0, tier), "host": (0 if cpu else 1, ["--specgen-kv", "host"])}
+    if cpu:
+        levels.pop("host")  # SGLang's own host pool has no CPU kernels
+    with ThreadPoolExecutor(len(levels)) as threads:
+        started = {
+            level: threads.submit(_start, stack, options, level, gpu, pool, arguments)
+            for level, (gpu, arguments) in levels.items()
+        }
+        return {level: future.result() for level, future in started.items()}
+
+
+@contextmanager
+def lender(options: Options, size: str, chunk_mib: int, gpu: int = 1) -> Iterator[Path]:
+    """A lender process; yields its socket's folder."""
+    folder = Path(tempfile.mkdtemp(prefix="specgen-kv-"))
+    backend = "loopback" if options.backend == "loopback" else "cuda"
+    command = [sys.executable, "-m", "specgen_engine", "lend", "--specgen-kv-lend", size, "--backend", backend]
+    command += ["--directory", str(folder), "--chunk-mib", str(chunk_mib), "--device", str(gpu)]
+    with (options.logs / "lender.log").open("w") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    try:
+        ready = process.stdout.readline()
+        if not ready:
+            raise SpecGenError(f"the lender ended: {(options.logs / 'lender.log').read_text()[-400:]}")
+        print(f"lender: {json.loads(ready)}", flush=True)
+        yield folder
+    finally:
+        process.stdin.close()
+        process.wait(timeout=30)
+
+
+def _start(stack: ExitStack, options: Options, level: str, gpu: int, pool: int, arguments: list[str]) -> Client:
+    words = [*arguments, "--max-total-tokens", str(pool)]
+    environment = dict(os.environ)
+    if options.backend == "loopback":
+        launch = prepare(["--tiny", *words])
+        words, environment = launch.arguments, launch.environment
+        per_token = 256
+    else:
+        words += ["--enable-specgen", "--model-path", str(options.model), *GPU_ARGUMENTS]
+        words += ["--attention-backend", options.attention_backend, "--base-gpu-id", str(gpu)]
+        words += ["--hicache-size", str(HOST_GB)] if level == "host" else []
+        per_token = kv_bytes_per_token(options.model)
+    server = stack.enter_context(
+        running_server(words, options.logs / f"server_{level}.log", environment, timeout_s=280)
+    )
+    print(f"{level}: up in {server.startup_s:.0f} s", flush=True)
+    return Client(server.url, per_token)
+
+
+def kv_bytes_per_token(model: Path | None) -> int:
+    """Of an MHA model in bfloat16, by its configuration. Raises SpecGenError."""
+    if model is None or not (model / "config.json").is_file():
+        raise SpecGenError(f"--model {model}: give a folder with a config.json and a tokenizer")
+    config = json.loads((model / "config.json").read_text())
+    return 2 * 2 * int(config["num_hidden_layers"]) * int(config["num_key_value_heads"]) * int(config["head_dim"])

@@ -1,0 +1,107 @@
+"""bench.kv_tier's measuring against a stand-in for the server: an LRU of prefixes, with delays by level."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.kv_tier_client import SUFFIX, Client
+from bench.kv_tier_measure import Plan, measure_alone, measure_at_once, measure_under_decode
+from bench.kv_tier_plot import plot
+
+POOL = 560
+PLAN = Plan((128, 256, 512), 2, 4, 128, 2, 150, 128, 2.0)
+DELAY_S = {"recompute": 0.02, "tier": 0.008, "device": 0.001}
+
+
+class Engine:
+    """Prefixes whole or not at all; what falls out of the pool is in the tier from then on."""
+
+    def __init__(self) -> None:
+        self.device: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self.tier: set[tuple[int, ...]] = set()
+        self.lock = threading.Lock()
+
+    def find(self, ids: list[int]) -> str:
+        prefix = tuple(ids[:-SUFFIX])
+        with self.lock:
+            level = "device" if prefix in self.device else "tier" if prefix in self.tier else "recompute"
+            self.device[prefix] = None
+            self.device.move_to_end(prefix)
+            self.tier.add(prefix)
+            while sum(map(len, self.device)) > POOL:
+                self.device.popitem(last=False)
+        return level
+
+
+class Handler(BaseHTTPRequestHandler):
+    engine: Engine
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("stream"):
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(body["sampling_params"]["max_new_tokens"]):
+                time.sleep(0.05)
+                self.wfile.write(b'data: {"text": "x"}\n\n')
+                self.wfile.flush()
+            return
+        level = self.engine.find(body["input_ids"])
+        time.sleep(DELAY_S[level])
+        prefix = len(body["input_ids"]) - SUFFIX
+        details = {"device": prefix * (level == "device"), "host": prefix * (level == "tier")}
+        answer = {"output_ids": [1], "meta_info": {"cached_tokens": prefix, "cached_tokens_details": details}}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("One", (Handler,), {"engine": Engine()}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Client(f"http://127.0.0.1:{server.server_port}", 1_000)
+    server.shutdown()
+    server.server_close()
+
+
+def test_alone_each_length_is_measured_at_every_level(client: Client) -> None:
+    notes: list[str] = []
+    rows = measure_alone(client, "peer", PLAN, 7, notes)
+    found = {(row["level"], row["prefix_tokens"]): row for row in rows}
+    assert set(found) == {(level, n) for level in ("recompute", "peer", "own") for n in PLAN.prefixes}
+    assert notes == []
+    for length in PLAN.prefixes:
+        assert found["recompute", length]["ttft_ms"] >= 1e3 * DELAY_S["recompute"]
+        assert found["peer", length]["ttft_ms"] >= 1e3 * DELAY_S["tier"]
+        assert len(found["peer", length]["ttft_ms_all"]) == PLAN.rounds
+    assert found["recompute", 512]["gbps"] is None
+    peer = found["peer", 512]
+    assert peer["gbps"] == pytest.approx(512_000 / peer["ttft_ms"] / 1e6, abs=0.01)
+
+
+def test_many_at_once_and_beside_decodes(client: Client, tmp_path: Path) -> None:
+    notes: list[str] = []
+    rows = measure_at_once(client, "peer", PLAN, 7, notes)
+    assert [row["complete"] for row in rows] == [4, 4, 4, 4]
+    rows += measure_under_decode(client, "peer", PLAN, 7, notes)
+    beside = next(row for row in rows if row["load"] == "2 decodes" and row["level"] == "peer")
+    assert beside["decode_slowdown"] == pytest.approx(0, abs=0.5)
+    assert 10 < beside["decode_alone"] <= 45
+    machine = {"gpu": None, "gpus": 0}
+    report = {"rows": rows, "machine": machine, "attention_backend": "none", "commit": "none"}
+    plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -1,0 +1,76 @@
+"""Two ranks with lenders of their own lose different pages: their trees stay the same, what they restore is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tier.two_ranks import LENGTH, PAGE, PREFIXES
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, world: int) -> list[dict[str, Any]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.tier.two_ranks", str(rank), str(world), str(folder)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    with ThreadPoolExecutor(world) as threads:  # one that fails leaves the other waiting for it
+        waiting = [threads.submit(end, process, processes) for process in processes]
+        outputs = [one.result() for one in waiting]
+    failed = [errors[-3000:] for status, _, errors in outputs if status > 0]
+    assert not failed, "\n".join(failed)
+    return [json.loads(said.splitlines()[-1]) for _, said, _ in outputs]
+
+
+def end(process: subprocess.Popen[str], all_of_them: list[subprocess.Popen[str]]) -> tuple[int, str, str]:
+    said, errors = process.communicate(timeout=240)
+    if process.returncode != 0:
+        for other in all_of_them:
+            other.kill()
+    return process.returncode, said, errors
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("ranks"), 2)
+
+
+def test_the_trees_never_differ(ranks: list[dict[str, Any]]) -> None:
+    own = [one.pop("own") for one in (dict(rank) for rank in ranks)]
+    stages = [{key: value for key, value in rank.items() if key != "own"} for rank in ranks]
+    assert stages[0] == stages[1]
+    assert own[0] != own[1], "each rank lost pages of its own: their books can't be the same"
+
+
+def test_what_one_rank_lost_all_dropped_and_no_more(ranks: list[dict[str, Any]]) -> None:
+    first = ranks[0]
+    whole = [[10_000 * (n + 1), LENGTH, True, True, 0] for n in range(PREFIXES)]
+    assert first["published"] == whole
+    left = sum(length for _, length, _, _, _ in first["after_loss"])
+    assert 0 < left < PREFIXES * LENGTH
+    assert all(backed and evicted for _, _, evicted, backed, _ in first["after_loss"])
+    assert sum(first["restored"]) < left, "the second loss came between a step and the restores"
+    assert all(found % PAGE == 0 for found in first["restored"])
+    assert any(first["restored"])
+    assert sum(first["again"]) > 0
+    assert first["device"] == 1024
+
+
+def test_both_kinds_of_loss_are_counted(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["own"]["revoked_chunks"] for rank in ranks] == [2, 4]
+    for rank in ranks:
+        assert rank["own"]["lost_pages"] > 0
+        assert rank["own"]["missed_tokens"] > 0
+        assert "late_mismatched_pages" not in rank["own"]
