@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -26,14 +27,26 @@ from specgen_engine.pools.job import Order  # noqa: E402
 from specgen_engine.pools.ray_backend import CPU_RESOURCE, SupervisorOptions  # noqa: E402
 from specgen_engine.pools.ray_pool import PoolError, RayPool  # noqa: E402
 
+T = TypeVar("T")
 NODE = {"num_cpus": 0, "resources": {CPU_RESOURCE: 1}, "object_store_memory": 80 << 20, "include_dashboard": False}
+
+
+def start(make: Callable[[], T], tries: int = 3) -> T:
+    """Ray gives a node 30 s to come up, which a busy machine may need more than once."""
+    for _ in range(tries - 1):
+        try:
+            return make()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return make()
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    one = Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": quick})
+    one = start(lambda: Cluster(initialize_head=True, head_node_args={**NODE, "_system_config": quick}))
     ray.init(address=one.address, namespace=ray_head.NAMESPACE, log_to_driver=False)
     folder = tmp_path_factory.mktemp("ray-pool")
     ray_head.start_head(folder / "journal.db", SupervisorOptions(LIMITS, cache=folder / "builds"))
@@ -78,7 +91,7 @@ class Chaos:
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
         self.kills["node"] += 1
         await self.some_end(10, 20)
-        self.cluster.add_node(**NODE)
+        start(lambda: self.cluster.add_node(**NODE))
         await self.some_end(10, 20)
         self.kill("head", [self.pool.snapshot()["pid"]])
 
@@ -91,7 +104,7 @@ def test_two_nodes_run_the_burst_whatever_is_killed(cluster: Cluster) -> None:
 async def two_nodes(cluster: Cluster) -> None:
     pool = RayPool(cluster.address)
     await pool.start()
-    cluster.add_node(**NODE)
+    start(lambda: cluster.add_node(**NODE))
     assert await pool.check_task(TASK) is None
     await when(lambda: pool.snapshot()["ready"] == 2)
     done: dict[str, Status] = {}
