@@ -85,7 +85,7 @@ def judgement_in(search: dict[str, object] | None, source: str) -> Judgement | N
                 digest=row["digest"],
                 device=row["device"],
                 stages=row["stages"],
-                profile=_text(row.get("profile")),
+                profile=row.get("profile", ""),
                 by_endpoint=True,
             )
     return None

@@ -65,7 +65,7 @@ class Competition:
         worked = sum(seconds for stage, seconds in verdict.stages.items() if stage != Stage.QUEUED)
         self.record.evaluation_s = round(self.record.evaluation_s + worked, 4)
         record.profile = str((verdict.profile or {}).get("text", ""))
-        record.roofline, record.profile, record.order = verdict.roofline, verdict.profile, len(self.scored)
+        record.roofline, record.order = verdict.roofline, len(self.scored)
         self.scored.append(scored_of(record))
         self.record.best = summary_of(self.leader())
 

@@ -56,7 +56,6 @@ class CandidateRecord:
     at_token: int = 0
     order: int | None = None
     roofline: float | None = None
-    profile: dict[str, Any] | None = None
     profile: str = ""
 
 

@@ -15,12 +15,7 @@ from array import array
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
-from specgen_engine.controller.answers import (
-    drafted_modules,
-    extract_candidate,
-    feedback_of,
-    goes_on_reasoning,
-)
+from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.controller.competition import Competition
 from specgen_engine.controller.engine import Engine, Output
 from specgen_engine.controller.events import (
@@ -37,9 +32,9 @@ from specgen_engine.controller.events import (
     TaskChecked,
     VerdictIn,
 )
+from specgen_engine.controller.forking import Forks
 from specgen_engine.controller.graft import graft
-from specgen_engine.controller.learning import TRIGGER as ADAPTIVE
-from specgen_engine.controller.learning import Learner, View
+from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes, Publish, ignore
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
 from specgen_engine.controller.request import Plan
@@ -47,7 +42,7 @@ from specgen_engine.controller.termination import Decision, Progress
 from specgen_engine.controller.thinking import Phase, ReasoningPhase, fork_suffix, split_thinking
 from specgen_engine.controller.triggers import name_of
 from specgen_engine.errors import RequestError
-from specgen_engine.evaluation.base import Candidate, Job, Pool, Status, Verdict
+from specgen_engine.evaluation.base import Job, Pool, Status, Verdict
 from specgen_engine.protocol import (
     EndSearch,
     ForkPoint,
@@ -55,15 +50,12 @@ from specgen_engine.protocol import (
     ReplayScript,
     TriggerFired,
     WatchSearch,
-    fork_rid,
     forks_of,
 )
 
 logger = logging.getLogger(__name__)
 DISCONNECT_POLL_S = 1.0
 CLEAN_UP_S = 10.0
-LOOK_TOKENS = 32
-"""How often a fork's text is looked at for whether it is an answer at all."""
 
 
 class Session:
@@ -95,16 +87,12 @@ class Session:
         self._checked = False
         self._held: list[Output] = []
         self._triggers: list[TriggerFired] = []
-        self._suffix_ids = engine.encode(fork_suffix(options.style, plan.nudge))
-        self._forks: dict[str, ForkRecord] = {}
-        self._fork_at: set[int] = set()
-        self._fork_text: dict[str, Output] = {}
-        self._learner = learner or Learner("")
-        self._views: dict[int, View] = {}
-        self._last_fork = 0
-        self._feedback = ""
         self._competition = Competition(plan.task, plan.termination, pool, self.record, self._now)
         self._notes = Notes(self.record, publish, self._now)
+        self._forks = Forks(
+            plan, options, engine, pool, budget, script, self.record, self._notes, learner or Learner(""), self._now,
+            self._spawn, self._events.put_nowait,
+        )  # fmt: skip
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
         self._grace: asyncio.TimerHandle | None = None
@@ -291,7 +279,7 @@ class Session:
         self.record.reasoning_s = self.record.reasoning_s or self._now()
         _, answer = split_thinking(self.options.style, self.options.opened, output.text)
         source = extract_candidate(answer if answer is not None else output.text)
-        self._stop_forks()
+        self._forks.stop()
         if self.options.streaming:
             self._end_competition()
             self._deliver(output)
@@ -337,139 +325,31 @@ class Session:
         due = [message for message in self._triggers if message.length <= known]
         self._triggers = [message for message in self._triggers if message.length > known]
         for message in due:
-            self._fork(message)
+            if self.state is State.REASONING and not self.record.warning:
+                self._fork(message)
 
     def _fork(self, message: TriggerFired) -> None:
-        running = sum(record.state == "running" for record in self._forks.values())
-        if self.state is not State.REASONING or self.record.warning or message.length in self._fork_at:
-            return
         if name_of(message.trigger) == "draft":
-            return self._harvest(message)
-        view = View(message.reasoning_tokens - self._last_fork, self._competition.best_speedup())
-        if name_of(message.trigger) == ADAPTIVE and not self._wants(view):
-            return
-        if running >= self.options.per_search or not self.budget.take(self.rid):
-            self.record.forks_skipped += 1
-            return
-        self._fork_at.add(message.length)
-        number = len(self.record.forks) + 1
-        self._views[number], self._last_fork = view, message.reasoning_tokens
-        base_ids = self._base.ids[: message.length - len(self.options.prompt_ids)]
-        feedback = self.engine.encode(self._feedback) if self._feedback else []
-        ids = [*self.options.prompt_ids, *base_ids, *feedback, *self._suffix_ids]
-        record = ForkRecord(
-            n=number,
-            trigger=message.trigger,
-            at_token=message.reasoning_tokens,
-            prompt_tokens=len(self.options.prompt_ids),
-            input_tokens=len(ids),
-            started_s=self._now(),
-            prefix_inserted=message.inserted,
-            page_size=self.options.page_size,
-        )
-        rid = fork_rid(self.rid, number)
-        self._forks[rid] = record
-        self.record.forks.append(record)
-        self.record.ids.add_fork(ids)
-        self._notes.fork(record)
-        recorded = self._script_fork(rid, message.reasoning_tokens, len(ids))
-        self._spawn(self._run_fork(rid, ids, record, recorded))
-
-    def _wants(self, view: View) -> bool:
-        """Ask the adaptive policy, with the pool as it is now."""
-        pool = self.pool.snapshot()
-        return self._learner.wants(
-            self.plan.task.name, view, _count(pool.get("queued")), _count(pool.get("ready")) or 1
-        )
-
-    def _learn(self, fork: int, speedup: float) -> None:
-        """Once a fork: what came of it."""
-        if (view := self._views.pop(fork, None)) is not None:
-            self._learner.observe(self.plan.task.name, view, speedup, self.record.forks[fork - 1].tokens)
-
-    def _harvest(self, message: TriggerFired) -> None:
-        """A module that the reasoning has drafted whole is a candidate without a generation."""
-        drafts = drafted_modules(self._base.text)
-        if not drafts:
-            return
-        self._fork_at.add(message.length)
-        source = drafts[-1][1]
-        answer = f"```python\n{source.strip()}\n```\n"
-        self._fork_text.setdefault(Candidate(source).hash, Output(self.engine.encode(answer), answer, {}))
-        self._submit(source, "draft", None)
+            if (source := self._forks.harvest(message, self._base)) is not None:
+                self._submit(source, "draft", None)
+        else:
+            self._forks.make(message, self._base, self._competition.best_speedup())
 
     def _reasoned(self) -> int:
         return len(self._base.ids)
 
     def _progress(self) -> Progress:
-        forks = sum(fork.tokens for fork in self.record.forks)
-        return Progress(self._now(), self._reasoned(), self._reasoned() + forks, self.record.evaluation_s)
-
-    def _script_fork(self, rid: str, at_token: int, input_tokens: int) -> str | None:
-        if self.script is None:
-            return None
-        recorded, ids = self.script.fork_ids(at_token)
-        self.engine.send(ReplayScript(rid=rid, prompt_tokens=input_tokens, ids=ids))
-        return recorded
-
-    async def _run_fork(self, rid: str, ids: list[int], record: ForkRecord, recorded: str | None) -> None:
-        options: dict[str, Any] = {"max_new_tokens": self.plan.fork_tokens}
-        if self.plan.temperature is not None:
-            options["temperature"] = self.plan.temperature
-        output, error, looked_at = None, "", 0
-        try:
-            async for step in self.engine.generate_fork(rid, ids, options):
-                output = step
-                record.tokens = len(step.ids)
-                record.prefix_reused = int(step.meta.get("cached_tokens", 0))
-                if recorded is None and record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
-                    looked_at = record.tokens
-                    if goes_on_reasoning(step.text):
-                        record.state = "reasoned on"
-                        self.engine.abort(rid)
-        except Exception as failure:
-            error = str(failure)
-        finally:
-            self.budget.give_back(self.rid)
-        if output is not None and recorded is not None:
-            output.meta["specgen_recorded"] = recorded
-        self._events.put_nowait(ForkDone(record, output, error))
+        return Progress(self._now(), self._reasoned(), self._reasoned() + self._forks.tokens, self.record.evaluation_s)
 
     def _on_fork(self, record: ForkRecord, output: Output | None, error: str) -> None:
-        source = self._finish_fork(record, output, error)
-        self._notes.fork(record)
-        if output is None or source is None:
-            return self._learn(record.n, 0.0)
-        self._submit(source, "fork", record, output.meta.get("specgen_recorded"))
-        return None
-
-    def _finish_fork(self, record: ForkRecord, output: Output | None, error: str) -> str | None:
-        """Write what became of a fork into its record; returns the candidate it wrote, if any."""
-        record.finished_s = self._now()
-        if output is None:
-            record.state = f"failed: {error}" if error else "failed"
-            return None
-        record.prefix_computed = record.input_tokens - record.prefix_reused
-        self.record.ids.fork_outputs[record.n] = array("i", output.ids)
-        finish = output.finish or {}
-        if record.state != "reasoned on":
-            record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
-        source = extract_candidate(output.text)
-        if source is None or record.state in ("aborted", "reasoned on"):
-            return None
-        record.candidate = Candidate(source).hash
-        self._fork_text.setdefault(record.candidate, output)
-        return source
+        source = self._forks.finish(record, output, error)
+        if output is not None and source is not None:
+            self._submit(source, "fork", record, output.meta.get("specgen_recorded"))
 
     def _end_competition(self) -> None:
         """What was streamed cannot be replaced: forks and their evaluations are of no use any more."""
-        self._stop_forks()
+        self._forks.stop()
         self._competition.cancel()
-
-    def _stop_forks(self) -> None:
-        for rid, record in self._forks.items():
-            if record.state == "running":
-                self.engine.abort(rid)
 
     # ---- candidates
 
@@ -479,11 +359,10 @@ class Session:
         at_token = fork.at_token if fork else self._reasoned()
         record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded, at_token)
         self._notes.candidate(record)
-        if fork is not None and record.hash != Candidate(source).hash:
-            self._fork_text.setdefault(record.hash, self._fork_text[Candidate(source).hash])
-            fork.candidate = record.hash
-        if job is None and fork is not None:
-            self._learn(fork.n, 0.0)
+        if fork is not None:
+            self._forks.same_as(fork, source, record.hash)
+            if job is None:
+                self._forks.learn(fork.n, 0.0)
         if job is not None:
             self._spawn(self._await_verdict(record, job))
             self._spawn(self._follow_stages(record, job))
@@ -500,9 +379,9 @@ class Session:
         self._competition.judge(record, verdict)
         self._notes.candidate(record)
         if record.forks and verdict.status is not Status.CANCELLED:
-            self._learn(record.forks[0], verdict.speedup or 0.0)
+            self._forks.learn(record.forks[0], verdict.speedup or 0.0)
         if self.plan.feedback and verdict.digest:
-            self._feedback = feedback_of(verdict.digest)
+            self._forks.tell(verdict.digest)
         if self.state is State.COMPETING:
             self._conclude_when_idle()
         else:
@@ -516,7 +395,7 @@ class Session:
     def _accept(self, decision: Decision, ended_by: str) -> None:
         """End the reasoning: the client gets what was reasoned so far, closed, and the accepted candidate's answer."""
         self.record.accepted = summary_of(self._competition.candidates[decision.hash])
-        answer = self._fork_text[decision.hash]
+        answer = self._forks.answer(decision.hash)
         close_ids = self.engine.encode(fork_suffix(self.options.style))
         _, own_answer = split_thinking(self.options.style, self.options.opened, self._base.text)
         if own_answer is not None:
@@ -546,7 +425,7 @@ class Session:
         record.reasoning_s = record.reasoning_s or record.wall_s
         self._count_tokens()
         record.ids.base = array("i", self._base.ids)
-        record.fork_tokens = sum(fork.tokens for fork in record.forks)
+        record.fork_tokens = self._forks.tokens
         for fork in record.forks:
             if fork.state == "running":
                 fork.state = "cancelled"
@@ -577,9 +456,7 @@ class Session:
     def _stop_engine(self) -> None:
         if not self._base_done:
             self.engine.abort(self.rid)
-        for rid, record in self._forks.items():
-            if record.finished_s is None:
-                self.engine.abort(rid)
+        self._forks.stop_all()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -588,7 +465,3 @@ class Session:
 
     def _now(self) -> float:
         return round(time.monotonic() - self._start, 4)
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0

@@ -1,0 +1,190 @@
+"""The forks of one search: made at fork points, run, cut, counted; and drafts harvested in their place."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from specgen_engine.controller.answers import drafted_modules, extract_candidate, feedback_of, goes_on_reasoning
+from specgen_engine.controller.engine import Engine, Output
+from specgen_engine.controller.events import ForkBudget, ForkDone, Script, SessionOptions
+from specgen_engine.controller.learning import TRIGGER as ADAPTIVE
+from specgen_engine.controller.learning import Learner, View
+from specgen_engine.controller.notes import Notes
+from specgen_engine.controller.report import ForkRecord, SearchRecord
+from specgen_engine.controller.request import Plan
+from specgen_engine.controller.thinking import fork_suffix
+from specgen_engine.controller.triggers import name_of
+from specgen_engine.evaluation.base import Candidate, Pool
+from specgen_engine.protocol import ReplayScript, TriggerFired, fork_rid
+
+LOOK_TOKENS = 32
+"""How often a fork's text is looked at for whether it is an answer at all."""
+REASONED_ON = "reasoned on"
+
+
+class Forks:
+    """Belongs to one Session, whose event loop it shares. post: puts a ForkDone into the session's queue."""
+
+    def __init__(
+        self, plan: Plan, options: SessionOptions, engine: Engine, pool: Pool, budget: ForkBudget,
+        script: Script | None, record: SearchRecord, notes: Notes, learner: Learner, now: Callable[[], float],
+        spawn: Callable[[Coroutine[Any, Any, None]], None], post: Callable[[ForkDone], None],
+    ) -> None:  # fmt: skip
+        self.plan, self.options, self.engine, self.pool, self.budget = plan, options, engine, pool, budget
+        self.script, self.record, self.notes, self.learner = script, record, notes, learner
+        self._now, self._spawn, self._post = now, spawn, post
+        self._suffix_ids = engine.encode(fork_suffix(options.style, plan.nudge))
+        self._by_rid: dict[str, ForkRecord] = {}
+        self._made_at: set[int] = set()
+        self._texts: dict[str, Output] = {}
+        self._views: dict[int, View] = {}
+        self._last = 0
+        self._feedback = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(fork.tokens for fork in self.record.forks)
+
+    def make(self, message: TriggerFired, base: Output, best: float) -> None:
+        """Fork the base where the trigger fired, unless the adaptive policy or a cap is against it.
+
+        best: speed-up of the fastest correct candidate so far, 0 without one.
+        """
+        if message.length in self._made_at:
+            return
+        view = View(message.reasoning_tokens - self._last, best)
+        if name_of(message.trigger) == ADAPTIVE and not self._wanted(view):
+            return
+        running = sum(record.state == "running" for record in self._by_rid.values())
+        if running >= self.options.per_search or not self.budget.take(self.record.id):
+            self.record.forks_skipped += 1
+            return
+        self._made_at.add(message.length)
+        prompt, number = self.options.prompt_ids, len(self.record.forks) + 1
+        self._views[number], self._last = view, message.reasoning_tokens
+        feedback = self.engine.encode(self._feedback) if self._feedback else []
+        ids = [*prompt, *base.ids[: message.length - len(prompt)], *feedback, *self._suffix_ids]
+        record = ForkRecord(
+            n=number,
+            trigger=message.trigger,
+            at_token=message.reasoning_tokens,
+            prompt_tokens=len(prompt),
+            input_tokens=len(ids),
+            started_s=self._now(),
+            prefix_inserted=message.inserted,
+            page_size=self.options.page_size,
+        )
+        rid = fork_rid(self.record.id, number)
+        self._by_rid[rid] = record
+        self.record.forks.append(record)
+        self.record.ids.add_fork(ids)
+        self.notes.fork(record)
+        recorded = self._play(rid, message.reasoning_tokens, len(ids))
+        self._spawn(self._run(rid, ids, record, recorded))
+
+    def _wanted(self, view: View) -> bool:
+        """Ask the adaptive policy, with the pool as it is now."""
+        pool = self.pool.snapshot()
+        waiting, evaluators = pool.get("queued"), pool.get("ready")
+        return self.learner.wants(
+            self.plan.task.name,
+            view,
+            waiting if isinstance(waiting, int) else 0,
+            evaluators if isinstance(evaluators, int) else 1,
+        )
+
+    def _play(self, rid: str, at_token: int, input_tokens: int) -> str | None:
+        if self.script is None:
+            return None
+        recorded, ids = self.script.fork_ids(at_token)
+        self.engine.send(ReplayScript(rid=rid, prompt_tokens=input_tokens, ids=ids))
+        return recorded
+
+    async def _run(self, rid: str, ids: list[int], record: ForkRecord, recorded: str | None) -> None:
+        options: dict[str, Any] = {"max_new_tokens": self.plan.fork_tokens}
+        if self.plan.temperature is not None:
+            options["temperature"] = self.plan.temperature
+        output, error, looked_at = None, "", 0
+        try:
+            async for step in self.engine.generate_fork(rid, ids, options):
+                output = step
+                record.tokens = len(step.ids)
+                record.prefix_reused = int(step.meta.get("cached_tokens", 0))
+                if recorded is None and record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
+                    looked_at = record.tokens
+                    if goes_on_reasoning(step.text):
+                        record.state = REASONED_ON
+                        self.engine.abort(rid)
+        except Exception as failure:
+            error = str(failure)
+        finally:
+            self.budget.give_back(self.record.id)
+        if output is not None and recorded is not None:
+            output.meta["specgen_recorded"] = recorded
+        self._post(ForkDone(record, output, error))
+
+    def finish(self, record: ForkRecord, output: Output | None, error: str) -> str | None:
+        """Write what became of a fork into its record; returns the candidate it wrote, if any."""
+        record.finished_s = self._now()
+        source = None if output is None else self._source_of(record, output)
+        if output is None:
+            record.state = f"failed: {error}" if error else "failed"
+        if source is None:
+            self.learn(record.n, 0.0)
+        elif output is not None:
+            record.candidate = Candidate(source).hash
+            self._texts.setdefault(record.candidate, output)
+        self.notes.fork(record)
+        return source
+
+    def _source_of(self, record: ForkRecord, output: Output) -> str | None:
+        record.prefix_computed = record.input_tokens - record.prefix_reused
+        self.record.ids.fork_outputs[record.n] = array("i", output.ids)
+        finish = output.finish or {}
+        if record.state != REASONED_ON:
+            record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
+        return extract_candidate(output.text) if record.state not in ("aborted", REASONED_ON) else None
+
+    def harvest(self, message: TriggerFired, base: Output) -> str | None:
+        """The module that the reasoning has just drafted whole: a candidate without a generation."""
+        drafts = drafted_modules(base.text)
+        if message.length in self._made_at or not drafts:
+            return None
+        self._made_at.add(message.length)
+        source = drafts[-1][1]
+        answer = f"```python\n{source.strip()}\n```\n"
+        self._texts.setdefault(Candidate(source).hash, Output(self.engine.encode(answer), answer, {}))
+        return source
+
+    def same_as(self, fork: ForkRecord, source: str, known: str) -> None:
+        """A fork's candidate that differs in nothing that matters from one known by another hash."""
+        own = Candidate(source).hash
+        if own != known:
+            self._texts.setdefault(known, self._texts[own])
+            fork.candidate = known
+
+    def learn(self, fork: int, speedup: float) -> None:
+        """Once a fork: what came of it; 0 when it gave no candidate, a known or a failing one."""
+        if (view := self._views.pop(fork, None)) is not None:
+            self.learner.observe(self.plan.task.name, view, speedup, self.record.forks[fork - 1].tokens)
+
+    def tell(self, digest: str) -> None:
+        """The error that the next fork is to hear of."""
+        self._feedback = feedback_of(digest)
+
+    def answer(self, candidate: str) -> Output:
+        """The text that a fork or a draft gave with this candidate."""
+        return self._texts[candidate]
+
+    def stop(self) -> None:
+        for rid, record in self._by_rid.items():
+            if record.finished_s is None and record.state == "running":
+                self.engine.abort(rid)
+
+    def stop_all(self) -> None:
+        """Those that were cut and have not ended yet, too."""
+        for rid, record in self._by_rid.items():
+            if record.finished_s is None:
+                self.engine.abort(rid)
