@@ -23,7 +23,7 @@ from specgen_engine.tier.base import page_shape
 from specgen_engine.tier.lenders import Lenders
 from specgen_engine.tier.metrics import Stats
 
-if not any(Path("/dev").glob("nvidia[0-9]*")):  # as SGLang's CPU engine is started: read when SGLang is imported
+if not torch.cuda.is_available():  # as SGLang's CPU engine is started: read when SGLang is imported
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     sys.path.insert(0, str(STUB))
 
