@@ -50,6 +50,9 @@ def _call(name: str, *arguments: object) -> None:
         raise GpuMemoryError(f"{name}: {(said.value or b'unknown error').decode()} ({code})")
 
 
+driver_call = _call
+
+
 class GpuRegion:
     """`size` bytes of a GPU; .bytes is a uint8 tensor over them. Another process opens the same memory by fd()."""
 

@@ -18,6 +18,7 @@ class Guard(StrEnum):
     ALIAS = "alias"  # results in an input's memory
     MUTATION = "mutation"  # inputs that a call changes
     OVERWRITE = "overwrite"  # a result that the next call changes
+    VALUES = "values"  # results that differ from the reference's
     SEEDS = "seeds"  # inputs that a candidate can foresee
     TIMED_RESULTS = "timed_results"  # wrong results in timed calls
     HIDDEN = "hidden"  # wrong results after timing
@@ -26,6 +27,7 @@ class Guard(StrEnum):
     IDLE = "idle"  # waiting while others work
     STREAMS = "streams"  # GPU work outside the timed stream
     L2 = "l2"  # data kept in the L2 cache between timed calls
+    PATCHES = "patches"  # functions of torch, time or the harness replaced
 
 
 def parse_guards(names: Iterable[object]) -> frozenset[Guard]:
