@@ -6,28 +6,45 @@ import asyncio
 import json as json_module
 import os
 import tempfile
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.errors import SpecGenError
+from specgen_engine.kv.toolchain import find_nvcc
 from specgen_engine.observability.machine import describe_machine, new_report
 from specgen_engine.pools.local import LocalPool
 
-from .base import Candidate, Task, Verdict
+from .base import Candidate
+from .candidates.forms import detect_form
 from .limits import EvaluationLimits
+from .profile.base import CHOICES, ProfileError, Tool
+from .tasks.base import Format, LoadedTask, Workload
+from .tasks.load import load_task
+from .verdict_table import Judged, row_of, table_of
 
 MAX_WORKERS = 8
 TABLE_COLUMNS = 160
 """Width of the table where stderr is a file or a pipe."""
+NEED_NVCC = frozenset({"cuda", "cuda_inline", "solution/cuda"})
+DRIVER_PARAMETERS = Path("/proc/driver/nvidia/params")
+_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "OutOfMemoryError")
 
 
 class BadInput(SpecGenError):
     """What was given can't be evaluated; nothing ran."""
+
+
+class Given(NamedTuple):
+    """A candidate file. name: of a FlashInfer Solution its own, else the file's."""
+
+    path: Path
+    candidate: Candidate
+    name: str
 
 
 def evaluate(
@@ -35,67 +52,93 @@ def evaluate(
     candidates: list[Path],
     *,
     device: str = "cpu",
-    profile: bool = False,
+    profile: str = "",
     json: Path | None = None,
+    traces: Path | None = None,
     workers: int | None = None,
     limits: EvaluationLimits | None = None,
 ) -> None:
     """Evaluate every candidate and print a table on stderr; JSON (specgen.verdicts/1) to a file when asked.
 
-    A candidate is a Python file, or a recorded answer (.md) whose fenced module is taken.
+    task: what tasks/load.py reads. A candidate: a Python file, a plain .cu, a FlashInfer Solution (.json), or a
+    recorded answer (.md) whose fenced module is taken.
+    profile: the tool that profiles the correct ones ("auto": the best that works here), "" for none.
+    traces: a .jsonl that gets one FlashInfer Trace a verdict (FlashInfer Trace tasks only).
     workers: default 1 on a CPU; on a GPU one for two cores, at most MAX_WORKERS: they compile side by side and take
     turns on the GPU.
-    Raises BadInput (a task or file that can't be used, no such device) before anything of it is run or written.
+    Raises BadInput or TaskError (a task or file that can't be used, no such device) before anything is written.
     """
     limits = limits or EvaluationLimits()
-    if profile:
-        raise BadInput("--profile: profiling is not built yet; leave it out")
-    if json is not None and not json.absolute().parent.is_dir():
-        raise BadInput(f"--json {json}: its folder does not exist; make it first")
+    for option, path in (("--json", json), ("--traces", traces)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadInput(f"{option} {path}: its folder does not exist; make it first")
     require_device(device)
-    reference = Task(_read(task, limits), name=task.parent.name if task.name == "task.py" else task.stem)
-    named = [(path, Candidate(_read_candidate(path, limits))) for path in candidates]
+    require_profiler(profile)
+    loaded = load_task(task)
+    if traces is not None and loaded.format is not Format.FLASHINFER_TRACE:
+        raise BadInput(f"--traces {traces}: {task} is no FlashInfer Trace task")
+    named = [_candidate(path, loaded, limits) for path in candidates]
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=TABLE_COLUMNS)
     workers = workers or _workers(device, len(named))
-    verdicts, sandbox = asyncio.run(_run(reference, named, device, workers, limits, console))
-    console.print(_table(reference, named, verdicts, device, sandbox))
+    judged, sandbox = asyncio.run(_run(loaded, named, device, workers, limits, console, profile))
+    console.print(table_of(f"{loaded.name} on {device}, sandbox {sandbox}", judged))
+    for one in judged:
+        if one.verdict.profile:
+            console.print(f"{one.path}\n{one.verdict.profile['text']}\n", markup=False, highlight=False)
     if json is not None:
-        rows = [_row(path, verdict) for (path, _), verdict in zip(named, verdicts, strict=True)]
         head = new_report("specgen.verdicts/1", None)  # seeds come from the operating system
-        _write(json, head | {"task": reference.name, "device": device, "sandbox": sandbox, "verdicts": rows})
+        told = {"task": loaded.name, "format": str(loaded.format), "device": device, "sandbox": sandbox}
+        _write(json, head | told | {"verdicts": [row_of(one) for one in judged]})
+    if traces is not None:
+        _write_traces(traces, loaded, named, judged, device)
 
 
 async def _run(
-    task: Task,
-    named: list[tuple[Path, Candidate]],
+    loaded: LoadedTask,
+    named: list[Given],
     device: str,
     workers: int,
     limits: EvaluationLimits,
     console: Console,
-) -> tuple[list[Verdict], str]:
+    profile: str,
+) -> tuple[list[Judged], str]:
     pool = LocalPool(workers=workers, device=device, limits=limits)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    options = {"profile": profile} if profile else {}
+    pairs = [(workload, given) for workload in loaded.workloads for given in named]
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("starting workers", total=len(named))
+            bar = progress.add_task("starting workers", total=len(pairs))
             await pool.start()
             progress.update(bar, description="checking the task")
-            fault = await pool.check_task(task)
-            if fault:
-                raise BadInput(f"task {task.name}: {fault}")
-            jobs = [pool.submit(task, candidate, search="evaluate") for _, candidate in named]
-            verdicts = []
-            for (path, _), job in zip(named, jobs, strict=True):
-                progress.update(bar, description=str(path.name))
-                verdicts.append(await job.verdict())
+            for workload in loaded.workloads:
+                _require_usable(workload, await pool.check_task(workload.task), device)
+            jobs = [
+                pool.submit(workload.task, given.candidate, search="evaluate", options=options)
+                for workload, given in pairs
+            ]
+            judged = []
+            for (workload, given), job in zip(pairs, jobs, strict=True):
+                progress.update(bar, description=" ".join(filter(None, (given.path.name, workload.name))))
+                judged.append(Judged(given.path, workload.name, await job.verdict()))
                 progress.advance(bar)
-        return verdicts, str(pool.snapshot()["sandbox"])
+        return judged, str(pool.snapshot()["sandbox"])
     except RuntimeError as error:
         raise BadInput(str(error)) from error
     finally:
         await pool.close()
+
+
+def _require_usable(workload: Workload, fault: str | None, device: str) -> None:
+    if not fault:
+        return
+    which = f"task {workload.task.name}" + (f" ({workload.name})" if workload.name else "")
+    fault = " ".join(fault.split())
+    if any(sign in fault for sign in _MEMORY_SIGNS):
+        raise BadInput(f"{which}: its inputs and results don't fit the memory of {device}: {fault}"[:500])
+    raise BadInput(f"{which}: {fault}")
 
 
 def _workers(device: str, candidates: int) -> int:
@@ -117,6 +160,53 @@ def require_device(device: str) -> None:
         )
 
 
+def require_profiler(profile: str, parameters: Path = DRIVER_PARAMETERS) -> None:
+    """A tool that was asked for by name must be there, and allowed. Raises BadInput; "auto" takes what works."""
+    if profile and profile not in CHOICES:
+        raise BadInput(f"--profile {profile}: use one of {', '.join(CHOICES)}")
+    if profile != Tool.NCU:
+        return
+    from .profile import ncu
+
+    try:
+        ncu.find_ncu()
+    except ProfileError as error:
+        raise BadInput(f"--profile ncu: {error}") from error
+    restricted = parameters.is_file() and "RmProfilingAdminOnly: 1" in parameters.read_text()
+    if restricted and os.geteuid() != 0:
+        raise BadInput(
+            "--profile ncu: no permission to read the GPU's counters (ERR_NVGPUCTRPERM), they are root's: "
+            "run as root, load nvidia with NVreg_RestrictProfilingToAdminUsers=0, or profile with cupti"
+        )
+
+
+def _candidate(path: Path, loaded: LoadedTask, limits: EvaluationLimits) -> Given:
+    source = _read_candidate(path, limits)
+    form = detect_form(source)
+    if form in NEED_NVCC and find_nvcc() is None:
+        raise BadInput(
+            f"{path}: a candidate of form {form} needs nvcc, and there is none: pip install nvidia-cuda-nvcc"
+        )
+    name = path.stem
+    if form.startswith("solution/"):
+        if loaded.definition is None:
+            raise BadInput(f"{path}: a FlashInfer Solution needs a FlashInfer Trace task; {loaded.path} is none")
+        from .tasks.flashinfer import check_solution
+
+        name = check_solution(source, loaded.name, path)
+    return Given(path, Candidate(source), name)
+
+
+def _read_candidate(path: Path, limits: EvaluationLimits) -> str:
+    text = _read(path, limits)
+    if path.suffix != ".md":
+        return text
+    source = extract_candidate(text)
+    if source is None:
+        raise BadInput(f"{path}: no fenced module in this answer")
+    return source
+
+
 def _read(path: Path, limits: EvaluationLimits) -> str:
     try:
         size = path.stat().st_size
@@ -132,47 +222,26 @@ def _read(path: Path, limits: EvaluationLimits) -> str:
     return text
 
 
-def _read_candidate(path: Path, limits: EvaluationLimits) -> str:
-    text = _read(path, limits)
-    if path.suffix != ".md":
-        return text
-    source = extract_candidate(text)
-    if source is None:
-        raise BadInput(f"{path}: no fenced module in this answer")
-    return source
+def _write_traces(path: Path, loaded: LoadedTask, named: list[Given], judged: list[Judged], device: str) -> None:
+    from .tasks.flashinfer import append_traces, make_trace
+
+    machine = describe_machine()
+    hardware = machine["gpu_names"][int(device.partition(":")[2] or 0)] if device != "cpu" else machine["cpu"]
+    libs = {name: metadata.version(name) for name in ("torch", "triton") if _installed(name)}
+    names = {given.path: given.name for given in named}
+    workloads = {workload.name: workload for workload in loaded.workloads}
+    append_traces(
+        path,
+        [make_trace(loaded, workloads[one.workload], names[one.path], one.verdict, hardware, libs) for one in judged],
+    )
 
 
-def _table(
-    task: Task, named: list[tuple[Path, Candidate]], verdicts: list[Verdict], device: str, sandbox: str
-) -> Table:
-    table = Table(title=f"{task.name} on {device}, sandbox {sandbox}")
-    for name in ("candidate", "status", "speed-up", "95 %", "ms", "reference ms", "reason"):
-        table.add_column(name, overflow="fold")
-    for (path, _), verdict in zip(named, verdicts, strict=True):
-        figures = ["", "", "", ""]
-        if verdict.speedup is not None and verdict.interval is not None:
-            low, high = verdict.interval
-            figures = [f"{verdict.speedup:.2f}x", f"{low:.2f}-{high:.2f}"]
-            figures += [f"{verdict.candidate_ms:.3f}", f"{verdict.reference_ms:.3f}"]
-        table.add_row(str(path), str(verdict.status), *figures, verdict.reason)
-    return table
-
-
-def _row(path: Path, verdict: Verdict) -> dict[str, Any]:
-    return {
-        "candidate": str(path),
-        "status": str(verdict.status),
-        "speedup": verdict.speedup,
-        "interval": verdict.interval,
-        "candidate_ms": verdict.candidate_ms,
-        "reference_ms": verdict.reference_ms,
-        "reason": verdict.reason,
-        "digest": verdict.digest,
-        "sandbox": verdict.sandbox,
-        "own_s": verdict.own_s,
-        "stages": {str(stage): seconds for stage, seconds in verdict.stages.items()},
-        "profile": None,
-    }
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
