@@ -246,8 +246,7 @@ class Dispatcher:
     def _begin(self, number: int, slot: _Slot, job: PoolJob, assignment: Assignment) -> None:
         now = time.monotonic()
         job.began, job.queued_s = now, now - job.submitted
-        check = job.order.stage is JobStage.CHECK_TASK
-        attempt = job.tries + 1 if check else self.ledger.journal.start(job.id, self._owner(number))
+        attempt = self.ledger.begin(job, self._owner(number))
         if attempt is None or job.cancelled:
             slot.job = None
             self.state.release(number, now, 0.0, finished=False)

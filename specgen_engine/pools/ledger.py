@@ -5,7 +5,9 @@ A job's outcome goes to the journal first and to whoever waits after it, so that
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,12 @@ from ..evaluation.base import Status, Verdict
 from .accounting import Account, Outcome
 from .base import JobStage, SlotUp
 from .job import PoolJob, outcome_text
-from .journal import Journal
+from .journal import Journal, JournalError
 
 if TYPE_CHECKING:
     from .metrics import PoolMetrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -63,7 +67,9 @@ class Ledger:
 
     def finish(self, job: PoolJob, value: Any) -> None:
         """A worker's word; where the journal had an outcome before it, that stands."""
-        if job.order.stage is JobStage.CHECK_TASK or self.journal.finish(job.id, job.attempt, outcome_text(value)):
+        if job.order.stage is JobStage.CHECK_TASK or self._written(
+            lambda: self.journal.finish(job.id, job.attempt, outcome_text(value))
+        ):
             self.end(job, value)
         else:
             self.end(job, job.failed(Status.CANCELLED, "it was ended while it ran", self.device))
@@ -74,8 +80,30 @@ class Ledger:
             self.end(job, reason)
             return
         value = job.failed(status, reason, self.device)
-        self.journal.report(job.id, outcome_text(value))
+        self._written(lambda: self.journal.report(job.id, outcome_text(value)))
         self.end(job, value)
+
+    def begin(self, job: PoolJob, owner: str) -> int | None:
+        """The number of an attempt that begins now; None when the job may not (any more)."""
+        if job.order.stage is JobStage.CHECK_TASK:
+            return job.tries + 1
+        attempt: int | None = None
+
+        def start() -> bool:
+            nonlocal attempt
+            attempt = self.journal.start(job.id, owner)
+            return True
+
+        self._written(start)
+        return attempt
+
+    def _written(self, write: Callable[[], bool]) -> bool:
+        """Whether the journal took it. One that cannot be written keeps nobody waiting: its jobs end anyway."""
+        try:
+            return write()
+        except JournalError as error:
+            log.error("pool: an outcome is not in the journal, a restart will try its job again: %s", error)
+            return True
 
     def end(self, job: PoolJob, value: Any) -> None:
         """Tell whoever waits; the journal has the outcome already."""

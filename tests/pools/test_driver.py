@@ -16,7 +16,7 @@ from specgen_engine.pools.accounting import Outcome, Spent
 from specgen_engine.pools.base import Done, Event, NoSlot, Reached, SlotDown, SlotUp, Switched, Work
 from specgen_engine.pools.driver import Driver
 from specgen_engine.pools.job import outcome_value
-from specgen_engine.pools.journal import Journal
+from specgen_engine.pools.journal import Journal, JournalError
 from specgen_engine.pools.metrics import PoolMetrics
 from specgen_engine.pools.policy import Role
 from tests.pools.burst import TASK
@@ -320,6 +320,28 @@ def test_an_answer_that_cannot_be_read_ends_its_job() -> None:
         script.tell(Done(0, job.id, 1, {"job": job.id, "verdict": {"status": "splendid"}}))
         assert (await job.verdict()).status is Status.CRASH
         assert status_of(driver, job) is Status.CRASH
+
+    on_driver(use)
+
+
+def test_a_journal_that_cannot_be_written_any_more_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise JournalError("j.db: database or disk is full; see that it can be written and its disk has room")
+
+    async def use(driver: Driver, script: Script) -> None:
+        script.up(0)
+        runs, waits, begins = submit(driver, "runs"), submit(driver, "waits"), submit(driver, "begins")
+        for call in ("finish", "report", "start"):
+            monkeypatch.setattr(driver.ledger.journal, call, full)
+        waits.cancel()
+        script.done(0)
+        assert [(await job.verdict()).status for job in (runs, waits, begins)] == [
+            Status.WRONG, Status.CANCELLED, Status.CANCELLED,
+        ]  # fmt: skip
+        monkeypatch.setattr(driver.ledger.journal, "submit", full)
+        with pytest.raises(JournalError, match="disk is full; see that it can be written"):
+            submit(driver, "more")
+        assert driver.snapshot()["queued"] == 0
 
     on_driver(use)
 
