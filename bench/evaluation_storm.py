@@ -160,7 +160,7 @@ def gpu_memory_mib(device: str) -> int | None:
 def measure(count: int, device: str, workers: int, seed: int, *, kill_workers: bool = True) -> dict[str, Any]:
     """The whole of it, in a folder of its own; asserts nothing."""
     limits = EvaluationLimits(
-        check_s=8 if device.startswith("cuda") else 1,
+        check_s=4 if device.startswith("cuda") else 1,
         time_s=10,
         timing_budget_s=0.05,
         memory_bytes=2 << 30,

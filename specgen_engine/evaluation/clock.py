@@ -11,6 +11,9 @@ import torch
 _wall = time.perf_counter_ns  # bound before any candidate's module is imported
 _cpu = time.process_time_ns
 L2_FLUSH_BYTES = 256 << 20
+EXTRA_CALLS = 12
+HEAD_START_CYCLES = 200_000
+"""About 0.1 ms of an idle GPU, in which the host launches what is timed with a warm L2."""
 
 
 class Clock(Protocol):
@@ -20,6 +23,10 @@ class Clock(Protocol):
 
     def time(self, call: Callable[[], Any]) -> tuple[int, Any]:
         """(nanoseconds, result) of one call, from a quiet device to a quiet device."""
+        ...
+
+    def take_late(self) -> list[int]:
+        """Of each call since the last time: nanoseconds that the device went on after the timed stream was done."""
         ...
 
 
@@ -36,6 +43,9 @@ class CpuClock:
     def settle(self) -> None:
         pass
 
+    def take_late(self) -> list[int]:
+        return []
+
     def time(self, call: Callable[[], Any]) -> tuple[int, Any]:
         now = self._now
         start = now()
@@ -44,7 +54,10 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around the call on the current stream, after the L2 has been overwritten."""
+    """CUDA events around the call on the current stream, after the L2 has been overwritten.
+
+    The device is waited for once that stream is done: what others still work on then is late (take_late).
+    """
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -53,9 +66,14 @@ class CudaClock:
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
         self._synchronize = torch.cuda.synchronize
+        self._late: list[int] = []
 
     def settle(self) -> None:
         self._synchronize(self.device)
+
+    def take_late(self) -> list[int]:
+        late, self._late = self._late, []
+        return late
 
     def time(self, call: Callable[[], Any]) -> tuple[int, Any]:
         # No wait after the flush: while it runs (some 0.1 ms) the host is ahead, so a short kernel's launch is hidden.
@@ -63,8 +81,44 @@ class CudaClock:
         self._start.record()
         result = call()
         self._end.record()
+        self._end.synchronize()
+        joined = _wall()
         self._synchronize(self.device)
+        self._late.append(_wall() - joined)
         return int(self._start.elapsed_time(self._end) * 1e6), result
+
+
+def warm_times(device: str, call: Callable[[], Any]) -> list[int]:
+    """Nanoseconds of calls whose inputs the call before left in the L2 cache; CUDA only."""
+    times = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    for _ in range(EXTRA_CALLS):
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        times.append(int(start.elapsed_time(end) * 1e6))
+    return times
+
+
+def graph_times(device: str, call: Callable[[], Any]) -> tuple[list[int], Any]:
+    """(nanoseconds, last result) of replays of call captured as a CUDA graph, with a cold L2.
+
+    Raises what the call raises when it can't be captured.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    clock = CudaClock(device)
+    times = [clock.time(graph.replay)[0] for _ in range(EXTRA_CALLS)]
+    return times, result
 
 
 def clock_for(device: str) -> Clock:

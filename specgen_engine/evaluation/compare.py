@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,30 @@ def difference(actual: Any, expected: Any) -> Difference | None:
         if found:
             return found
     return None
+
+
+def largest_errors(actual: Any, expected: Any) -> dict[str, float]:
+    """max_abs_error and max_rel_error over all floating-point outputs of equal shape; empty where there are none.
+
+    Relative to |expected| + 1e-8, as FlashInfer-Bench has it. Not finite where a result is not.
+    """
+    worst: list[tuple[float, float]] = []
+    for a, e in zip(tensors_of(actual), tensors_of(expected), strict=False):
+        if a.shape != e.shape or not e.numel() or not (a.is_floating_point() and e.is_floating_point()):
+            continue
+        for start in range(0, e.numel(), _CHUNK):
+            wide = torch.float64 if e.dtype == torch.float64 else torch.float32
+            theirs = e.reshape(-1)[start : start + _CHUNK].to(wide)
+            delta = (a.reshape(-1)[start : start + _CHUNK].to(wide) - theirs).abs_()
+            worst.append((float(delta.max()), float(delta.div_(theirs.abs().add_(1e-8)).max())))
+    if not worst:
+        return {}
+    return {"max_abs_error": _largest(pair[0] for pair in worst), "max_rel_error": _largest(pair[1] for pair in worst)}
+
+
+def _largest(values: Iterable[float]) -> float:
+    known = list(values)
+    return math.nan if any(map(math.isnan, known)) else max(known)
 
 
 def same_bits(a: Any, b: Any) -> bool:

@@ -1,4 +1,9 @@
-"""One GPU, one evaluation at a time: a timed run must have its GPU to itself."""
+"""Turns on one GPU: many may check their candidates side by side, a timed run has the GPU to itself.
+
+Three lock files a GPU, all flock: the kernel frees them when their owner dies. `room` is held shared while checking
+and alone while timing; `gate` is held on the way into the room, so that nobody is overtaken for ever; `want` is held
+shared by those who wait to time: they go before newcomers, so that what has been started gets finished.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +15,69 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-RETRY_S = 0.01
+RETRY_S = 0.005
+
+
+class GpuTurn:
+    """One evaluation's place on a GPU. between(seconds) is called while waiting and may raise."""
+
+    def __init__(self, device: str, between: Callable[[float], None]) -> None:
+        self._between = between
+        self._fds = {name: _open(device, name) for name in ("room", "gate", "want")}
+
+    def share(self) -> float:
+        """Enter beside others who don't time; returns the seconds waited."""
+        start = time.monotonic()
+        self._wait("want", fcntl.LOCK_EX)
+        self._free("want")
+        self._wait("gate", fcntl.LOCK_EX)
+        self._wait("room", fcntl.LOCK_SH)
+        self._free("gate")
+        return time.monotonic() - start
+
+    def alone(self) -> float:
+        """Have the GPU to oneself from now on; returns the seconds waited."""
+        start = time.monotonic()
+        self._wait("want", fcntl.LOCK_SH)
+        self._free("room")
+        self._wait("gate", fcntl.LOCK_EX)
+        self._wait("room", fcntl.LOCK_EX)
+        self._free("gate")
+        self._free("want")
+        return time.monotonic() - start
+
+    def close(self) -> None:
+        """Leave; whatever was held is free."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _wait(self, name: str, how: int) -> None:
+        while True:
+            try:
+                fcntl.flock(self._fds[name], how | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self._between(RETRY_S)
+
+    def _free(self, name: str) -> None:
+        fcntl.flock(self._fds[name], fcntl.LOCK_UN)
 
 
 @contextmanager
-def gpu_turn(device: str, between: Callable[[float], None]) -> Iterator[float]:
-    """Hold the device's lock; yields the seconds waited. Every pool of this machine's user waits for the same one.
+def gpu_turn(device: str, between: Callable[[float], None]) -> Iterator[GpuTurn]:
+    """A shared turn. Every pool of this machine's user waits for the same GPU."""
+    turn = GpuTurn(device, between)
+    try:
+        turn.share()
+        yield turn
+    finally:
+        turn.close()
 
-    between(seconds) is called while waiting and may raise. flock: the kernel frees it when its owner dies.
-    """
+
+def _open(device: str, lock: str) -> int:
     index = device.partition(":")[2] or "0"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = visible.split(",")[int(index)].strip() if visible and int(index) < len(visible.split(",")) else index
-    path = Path(tempfile.gettempdir()) / f"specgen-gpu-{name}-{os.getuid()}.lock"
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    start = time.monotonic()
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                between(RETRY_S)
-        yield time.monotonic() - start
-    finally:
-        os.close(fd)
+    path = Path(tempfile.gettempdir()) / f"specgen-gpu-{name}-{os.getuid()}.{lock}"
+    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -14,16 +14,22 @@ from typing import Any, NamedTuple
 import torch
 
 from .base import Task
-from .clock import clock_for
-from .compare import difference, same_bits
+from .clock import clock_for, warm_times
+from .compare import Difference, difference, largest_errors, same_bits
 from .gpumemory import GpuRegion
+from .guards import Guard, parse_guards
 from .modules import TimedCalls, construct, load_module, shares_memory
+from .profile.device import device_facts
+from .profile.work import work_of
+from .tasks import files as task_files
 from .tensors import LayoutError, map_tensors, read_values, tensors_of, write_values
 from .wire import Channel, clip
 
 OUTPUT_ROOM = 6
 """The results' region on a GPU, in results of the reference: one, the one before it, and wider types than asked."""
 ROOM_BYTES = 4 << 20
+HEADROOM_BYTES = 2 << 30
+"""A context, what flushes the L2, and a candidate's own workspace."""
 
 
 class Slot(NamedTuple):
@@ -46,6 +52,8 @@ class Judge:
         self.on_gpu = device.startswith("cuda")
         self.inputs_on = device
         self.placed = False
+        self.counted: dict[str, int] = {}
+        self.guards_off: frozenset[Guard] = frozenset()
         self.inputs: int | GpuRegion = -1
         self.outputs: int | GpuRegion = -1
         self.next_offset = 0
@@ -66,10 +74,33 @@ class Judge:
         if isinstance(self.model, torch.nn.Module):
             self.model = self.model.to(self.device)
         if self.on_gpu:
-            inputs = self.make_inputs(self.seed)
-            self.input_bytes = _bytes_of(inputs)
-            self.output_bytes = _bytes_of(self.model(*map_tensors(inputs, lambda tensor: tensor.to(self.device))))
+            self.input_bytes = self.output_bytes = 0
+            for case in range(self.task.cases):
+                inputs = self.make_inputs(self.seed, case)
+                results = self.model(*map_tensors(inputs, lambda tensor: tensor.to(self.device)))
+                self._difference(results, Slot(inputs, results, False, False))  # its kernels are loaded now, not later
+                largest_errors(results, results)
+                self.input_bytes = max(self.input_bytes, _bytes_of(inputs))
+                self.output_bytes = max(self.output_bytes, _bytes_of(results))
         self.placed = True
+
+    def warm_calls(self) -> dict[str, object]:
+        """Times of the reference with its inputs in the L2 cache."""
+        assert self.calls is not None
+        working = self.calls.working
+        return {"event": "timed", "ns": warm_times(self.device, lambda: self.model(*working))}
+
+    def answer_place(self) -> dict[str, object]:
+        """Ahead of the first candidate: context, weights, sizes."""
+        if not self.placed:
+            self.place()
+        return {"event": "placed"}
+
+    def room(self, sets: int) -> dict[str, object]:
+        """Bytes of the GPU that are free, and that an evaluation needs here and in the candidate's process together."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        results = (OUTPUT_ROOM + 2 * sets) * self.output_bytes
+        return {"event": "room", "free": free, "need": 3 * sets * self.input_bytes + results + HEADROOM_BYTES}
 
     def begin(self, sets: int) -> dict[str, object]:
         """A new candidate: fresh regions; construction arguments and weights are laid out for it.
@@ -104,25 +135,28 @@ class Judge:
             self.inputs = self.outputs = -1
             if self.placed:
                 torch.cuda.empty_cache()
+                torch.zeros(1, device=self.device).add_(1)  # shows that the GPU still answers
+                torch.cuda.synchronize(self.device)
         return {"event": "released"}
 
-    def make_inputs(self, seed: int) -> list[Any]:
-        """The task's inputs under a seed, made on the device; on the host where the task insists on it."""
+    def make_inputs(self, seed: int, case: int = 0) -> list[Any]:
+        """The task's inputs of a shape under a seed, made on the device; on the host where the task insists on it."""
         torch.manual_seed(seed)
+        shape = (case,) if self.task.cases > 1 else ()
         if self.inputs_on == "cpu":
-            return list(self.module.get_inputs())
+            return list(self.module.get_inputs(*shape))
         try:
             with torch.device(self.inputs_on):
-                return list(self.module.get_inputs())
+                return list(self.module.get_inputs(*shape))
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception:  # a generator of the host, a NumPy array ...: as the task was written
             self.inputs_on = "cpu"
-            return self.make_inputs(seed)
+            return self.make_inputs(seed, case)
 
-    def prepare(self, slot: int, seed: int) -> dict[str, object]:
+    def prepare(self, slot: int, seed: int, case: int = 0) -> dict[str, object]:
         """Inputs under a seed, laid out for the candidate, and the reference's results, kept here."""
-        inputs = self.make_inputs(seed)
+        inputs = self.make_inputs(seed, case)
         layout, self.next_offset = write_values(self.inputs, inputs, self.next_offset)
         kept = map_tensors(inputs, lambda tensor: tensor.to(self.device))
         given = map_tensors(kept, torch.clone)
@@ -141,21 +175,49 @@ class Judge:
         known = self.slots[slot]
         try:
             result = read_values(self.outputs, outputs, self.device)
-            wrong = difference(result, known.expected)
+            wrong = self._difference(result, known)
+            errors = largest_errors(result, known.expected)
             if wrong:
-                return _compared("wrong", wrong.reason)
-            if aliases and not known.aliases:
+                return _compared("wrong", wrong.reason) | {"kind": wrong.kind} | errors
+            if aliases and not known.aliases and Guard.ALIAS not in self.guards_off:
                 return _compared("rejected", "its output shares memory with an input")
-            if not known.mutates and not same_bits(read_values(self.outputs, inputs, self.device), known.inputs):
+            watched = not known.mutates and Guard.MUTATION not in self.guards_off
+            if watched and not same_bits(read_values(self.outputs, inputs, self.device), known.inputs):
                 return _compared("rejected", "it changes its inputs")
-            if previous is not None and not same_bits(
-                read_values(self.outputs, previous, self.device), self.last_result
-            ):
+            kept = previous is None or Guard.OVERWRITE in self.guards_off
+            if not kept and not same_bits(read_values(self.outputs, previous, self.device), self.last_result):
                 return _compared("rejected", "a result is overwritten by the next call")
             self.last_result = result
         except LayoutError as error:
             return _compared("rejected", f"forged result: {error}")
-        return _compared("ok", "")
+        return _compared("ok", "") | errors
+
+    def _difference(self, result: Any, known: Slot) -> Difference | None:
+        """By the task's own check_output(inputs, result, expected) -> text where it has one, else by dtype."""
+        if Guard.VALUES in self.guards_off:
+            return None
+        check = getattr(self.module, "check_output", None)
+        if check is None:
+            return difference(result, known.expected)
+        reason = str(check(map_tensors(known.inputs, torch.clone), result, known.expected) or "")
+        return Difference("value", reason[:400]) if reason else None
+
+    def work(self, slot: int, needed: bool, flops: bool) -> dict[str, object]:
+        """What one call takes and gives (profile/work.py), and what the device says of itself."""
+        known = self.slots[slot]
+        counted = work_of(
+            self.model, known.inputs, known.expected, known.aliases, needed=needed, flops=flops, cache=self.counted
+        )
+        return {"event": "work", "work": counted._asdict(), "facts": device_facts(self.device)._asdict()}
+
+    def export(self, slot: int, fd: int) -> dict[str, object]:
+        """Arguments, weights and inputs into a file, for a profiler's process."""
+        state = dict(self.model.state_dict()) if isinstance(self.model, torch.nn.Module) else {}
+        init, end = write_values(fd, self.init_inputs)
+        weights, end = write_values(fd, state, end)
+        inputs, _ = write_values(fd, self.slots[slot].inputs, end)
+        os.close(fd)
+        return {"event": "exported", "init": init, "weights": weights, "seed": self.seed, "inputs": inputs}
 
     def time(self, sequence: list[int]) -> dict[str, object]:
         """Times of the reference in ns on the slots of sequence."""
@@ -164,7 +226,7 @@ class Judge:
             self.calls.run(sequence[:1], self.model)
         self.calls.sources.update({slot: self.slots[slot].inputs for slot in sequence})
         times, _ = self.calls.run(sequence, self.model)
-        return {"event": "timed", "ns": times}
+        return {"event": "timed", "ns": times, "late": self.clock.take_late()}
 
     def probe(self) -> dict[str, object]:
         """Is the task usable: finite, and the same twice for the same inputs?"""
@@ -189,16 +251,27 @@ class Judge:
                 for region in (self.inputs, self.outputs):
                     _close(region)
                 self.inputs, self.outputs = fds
+            self.guards_off = parse_guards(message.get("guards_off", ()))
             return self.begin(message["sets"])
         if op == "release":
             return self.release()
+        if op == "room":
+            return self.room(message["sets"])
+        if op == "place":
+            return self.answer_place()
+        if op == "warm_calls":
+            return self.warm_calls()
         if op == "prepare":
-            return self.prepare(message["slot"], message["seed"])
+            return self.prepare(message["slot"], message["seed"], message["case"])
         if op == "compare":
             keys = ("slot", "outputs", "inputs", "aliases", "previous")
             return self.compare(*(message[key] for key in keys))
         if op == "time":
             return self.time(message["sequence"])
+        if op == "work":
+            return self.work(message["slot"], message["needed"], message["flops"])
+        if op == "export":
+            return self.export(message["slot"], fds[0])
         if op == "probe":
             return self.probe()
         raise ValueError(f"unknown op {op!r}")
@@ -208,8 +281,9 @@ def _compared(status: str, reason: str) -> dict[str, object]:
     return {"event": "compared", "status": status, "reason": reason}
 
 
-def main(channel: Channel, task: Task, device: str, seed: int) -> None:
-    """Serve until the supervisor closes the channel."""
+def main(channel: Channel, task: Task, device: str, seed: int, files: dict[str, int]) -> None:
+    """Serve until the supervisor closes the channel. files: descriptors of the task's files, open for reading."""
+    task_files.given = files
     judge = Judge(channel, task, device, seed)
     try:
         judge.load()

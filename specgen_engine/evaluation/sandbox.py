@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FULL, KERNEL, PROCESS = "namespaces+landlock+seccomp", "landlock+seccomp", "process"
+FILES = "landlock (files)"
+"""For profilers, which inject code, open sockets and read counters: file access alone is confined."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -57,11 +59,12 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Policy:
-    """writable: folders that exist. level: one of the three names above."""
+    """writable, readable: folders that exist. level: one of the three names above."""
 
     writable: tuple[Path, ...]
     device: str
     level: str
+    readable: tuple[Path, ...] = ()
 
 
 def level(wanted: str, device: str = "cpu") -> str:
@@ -81,6 +84,11 @@ def level(wanted: str, device: str = "cpu") -> str:
 def around(name: str) -> int:
     """How many processes a level puts between the forked one and the one that runs the code."""
     return 2 if name == FULL else 0
+
+
+def files_level(device: str = "cpu") -> str:
+    """FILES where Landlock and the device work together, else PROCESS."""
+    return FILES if _works(FILES, device) else PROCESS
 
 
 @functools.cache
@@ -120,6 +128,8 @@ def enter(policy: Policy) -> None:
         _enter_namespaces()
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _restrict_files(policy)
+    if policy.level == FILES:
+        return
     _drop_capabilities()
     _restrict_calls()
 
@@ -166,13 +176,13 @@ def _fork_and_follow() -> None:
 def _restrict_files(policy: Policy) -> None:
     abi = _check(_libc.syscall(_CREATE_RULESET, None, 0, 1), "landlock")
     handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    network = 0b11 if abi >= 4 else 0
+    network = 0b11 if abi >= 4 and policy.level != FILES else 0
     scoped = 0b11 if abi >= 6 else 0
     attributes = struct.pack("QQQ", handled, network, scoped)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = _check(_libc.syscall(_CREATE_RULESET, attributes, size, 0), "landlock ruleset")
     try:
-        for path in _readable():
+        for path in [*_readable(), *policy.readable]:
             _allow(rules, path, _READ_ONLY & handled)
         devices = [Path("/dev") / name for name in _DEVICES]
         if policy.device.startswith("cuda"):
@@ -181,6 +191,8 @@ def _restrict_files(policy: Policy) -> None:
             _allow(rules, path, (_DEVICE if path.is_file() or not path.is_dir() else _DEVICE | _LIST) & handled)
         for path in policy.writable:
             _allow(rules, path, handled)
+        if policy.device.startswith("cuda"):
+            _allow_thread_names(rules, handled)
         _check(_libc.syscall(_RESTRICT_SELF, rules, 0), "landlock restrict")
     finally:
         os.close(rules)
@@ -193,6 +205,15 @@ def _readable() -> list[Path]:
     folders += [Path(entry) for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
     folders += [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     return folders
+
+
+def _allow_thread_names(rules: int, handled: int) -> None:
+    """cuInit names its threads through /proc/self/task/*/comm and fails where it may not (error 304, seen on an H200).
+
+    The rule binds to the folder's inode, which must stay: hence a descriptor that is never closed.
+    """
+    os.open("/proc/self/task", os.O_PATH | os.O_CLOEXEC)
+    _allow(rules, Path("/proc/self/task"), (_READ_ONLY | _WRITE | _TRUNCATE) & handled)
 
 
 def _allow(rules: int, path: Path, access: int) -> None:

@@ -5,6 +5,7 @@ What is said here is said by a process that runs foreign code. The judge compare
 
 from __future__ import annotations
 
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 
 from .base import Candidate
-from .clock import clock_for
+from .candidates.load import give_weights, load_candidate
+from .clock import clock_for, graph_times, warm_times
 from .gpumemory import GpuRegion
-from .modules import TimedCalls, construct, load_module, shares_memory
+from .guards import Guard
+from .modules import TimedCalls, construct, shares_memory
+from .profile.inprocess import profile_call
 from .static import static_check
 from .tensors import RegionFull, map_tensors, read_values, tensors_of, write_values
+from .tripwires import Cheat, check_functions, check_l2, release_l2
 from .wire import Channel, clip
 
 
@@ -27,8 +32,15 @@ class NotPlain(Exception):
 class Subject:
     """Answers the supervisor's messages; see the methods named after their op."""
 
-    def __init__(self, channel: Channel, candidate: Candidate, device: str, regions: tuple[int, ...]) -> None:
-        self.channel, self.candidate, self.device = channel, candidate, device
+    def __init__(
+        self,
+        channel: Channel,
+        candidate: Candidate,
+        device: str,
+        regions: tuple[int, ...],
+        guards_off: frozenset[Guard] = frozenset(),
+    ) -> None:
+        self.channel, self.candidate, self.device, self.guards_off = channel, candidate, device, guards_off
         self.inputs: int | GpuRegion = -1
         self.outputs: int | GpuRegion = -1
         if regions:
@@ -37,7 +49,7 @@ class Subject:
         self.calls: TimedCalls | None = None
 
     def load(self) -> None:
-        self.module = load_module(self.candidate.source, "candidate", Path.cwd())
+        self.module = load_candidate(self.candidate.source, Path.cwd(), self.device)
 
     def open_regions(self, fds: list[int], sizes: list[int]) -> None:
         """Regions on a GPU are the judge's; those on the host were inherited."""
@@ -45,31 +57,42 @@ class Subject:
         torch.empty(1, device=self.device)  # makes the context that the mapping needs
         self.inputs, self.outputs = (GpuRegion.open(fd, size, self.device) for fd, size in zip(fds, sizes, strict=True))
 
+    def open(self, fds: list[int], sizes: list[int]) -> dict[str, object]:
+        """Context, clock and, on a GPU, the regions: what is not the candidate's own."""
+        if fds:
+            self.open_regions(fds, sizes)
+        self.clock = clock_for(self.device)
+        return {"event": "opened"}
+
     def construct(self, init: Any, weights: Any, seed: int) -> dict[str, object]:
         """ModelNew under the reference's seed; with the reference's weights where names and shapes agree."""
-        self.clock = clock_for(self.device)
         init_inputs = read_values(self.inputs, init)
         self.model = construct(self.module, "ModelNew", init_inputs, seed, self.device)
-        if isinstance(self.model, torch.nn.Module):
-            given = read_values(self.inputs, weights, self.device)
-            own = self.model.state_dict()
-            if own and own.keys() == given.keys() and all(own[key].shape == given[key].shape for key in own):
-                self.model.load_state_dict(given)
+        give_weights(self.model, lambda: read_values(self.inputs, weights, self.device))
         return {"event": "constructed"}
 
     def run(self, inputs: Any) -> dict[str, object]:
         """One call on inputs not seen before; results, inputs as they are now and the former results are laid out."""
         arguments = read_values(self.inputs, inputs, self.device)
         self.clock.settle()
+        start = time.perf_counter()
         result = self.model(*arguments)
         self.clock.settle()
-        _require_plain(result)
+        took = time.perf_counter() - start
+        self._require_plain(result)
         aliases = shares_memory(tensors_of(result), tensors_of(arguments))
         outputs, end = write_values(self.outputs, result)
         after, end = write_values(self.outputs, arguments, end)
         former = None if self.previous is None else write_values(self.outputs, self.previous, end)[0]
         self.previous = result
-        return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": former}
+        return {
+            "event": "ran",
+            "outputs": outputs,
+            "inputs": after,
+            "aliases": aliases,
+            "previous": former,
+            "took": took,
+        }
 
     def stage(self, layouts: dict[str, Any]) -> dict[str, object]:
         """Take over the timing inputs; nothing is called yet."""
@@ -82,23 +105,53 @@ class Subject:
 
     def time(self, sequence: list[int]) -> dict[str, object]:
         assert self.calls is not None
+        if self.device.startswith("cuda"):
+            release_l2(self.guards_off)
         times, self.last = self.calls.run(sequence, self.model)
-        return {"event": "timed", "ns": times}
+        check_functions(self.guards_off)
+        if self.device.startswith("cuda"):
+            check_l2(self.guards_off)
+        return {"event": "timed", "ns": times, "late": self.clock.take_late()}
+
+    def warm_calls(self) -> dict[str, object]:
+        """Times with the inputs in the L2 cache."""
+        assert self.calls is not None
+        working = self.calls.working
+        return {"event": "timed", "ns": warm_times(self.device, lambda: self.model(*working))}
+
+    def graph(self) -> dict[str, object]:
+        """Times as a CUDA graph, or why there are none; show() then shows the last replay's result."""
+        assert self.calls is not None
+        working = self.calls.working
+        try:
+            times, self.last = graph_times(self.device, lambda: self.model(*working))
+        except Exception as error:
+            return {"event": "timed", "ns": [], "why": f"{type(error).__name__}: {error}"[:200]}
+        return {"event": "timed", "ns": times, "why": ""}
 
     def show(self) -> dict[str, object]:
         """The result of the last timed call, apart from the timed block."""
-        _require_plain(self.last)
+        self._require_plain(self.last)
         outputs, end = write_values(self.outputs, self.last)
         assert self.calls is not None
         after, _ = write_values(self.outputs, self.calls.working, end)
         aliases = shares_memory(tensors_of(self.last), tensors_of(self.calls.working))
         return {"event": "ran", "outputs": outputs, "inputs": after, "aliases": aliases, "previous": None}
 
+    def _require_plain(self, result: Any) -> None:
+        if Guard.PLAIN not in self.guards_off:
+            _require_plain(result)
+
+    def profile(self, tool: str, inputs: Any) -> dict[str, object]:
+        """A few calls on one set of inputs under a tool that works in this process."""
+        arguments = read_values(self.inputs, inputs, self.device)
+        return profile_call(tool, lambda: self.model(*arguments), self.device)
+
     def answer(self, message: dict[str, Any], fds: list[int]) -> dict[str, object]:
         op = message["op"]
+        if op == "open":
+            return self.open(fds, message["sizes"])
         if op == "construct":
-            if fds:
-                self.open_regions(fds, message["sizes"])
             return self.construct(message["init"], message["weights"], message["seed"])
         if op == "run":
             return self.run(message["inputs"])
@@ -106,10 +159,18 @@ class Subject:
             return self.stage(message["inputs"])
         if op == "time":
             return self.time(message["sequence"])
+        if op == "profile":
+            return self.profile(message["tool"], message["inputs"])
+        if op == "warm_calls":
+            return self.warm_calls()
+        if op == "graph":
+            return self.graph()
         return self.show()
 
 
 def _require_plain(result: Any) -> None:
+    """Raises NotPlain."""
+
     def check(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             raise NotPlain(f"it returns a {type(tensor).__name__}, not a plain tensor")
@@ -118,15 +179,22 @@ def _require_plain(result: Any) -> None:
     map_tensors(result, check)
 
 
-def main(channel: Channel, candidate: Candidate, device: str, regions: tuple[int, ...], source_bytes: int) -> None:
+def main(
+    channel: Channel,
+    candidate: Candidate,
+    device: str,
+    regions: tuple[int, ...],
+    source_bytes: int,
+    guards_off: frozenset[Guard] = frozenset(),
+) -> None:
     """Serve until the supervisor closes the channel or the candidate fails."""
     send, receive = channel.send, channel.recv_fds
-    fault = static_check(candidate.source, source_bytes)
+    fault = static_check(candidate.source, source_bytes, imports=Guard.IMPORTS not in guards_off)
     if fault:
         send({"event": "error", "kind": str(fault.status), "text": fault.reason, "line": fault.reason})
         return
     try:
-        subject = Subject(channel, candidate, device, regions)
+        subject = Subject(channel, candidate, device, regions, guards_off)
         subject.load()
         send({"event": "imported"})
         with torch.no_grad():
@@ -138,7 +206,7 @@ def main(channel: Channel, candidate: Candidate, device: str, regions: tuple[int
     except RegionFull:
         line = "its results are far larger than the reference's"
         send({"event": "error", "kind": "wrong", "text": line, "line": line})
-    except NotPlain as error:
+    except (NotPlain, Cheat) as error:
         send({"event": "error", "kind": "rejected", "text": str(error), "line": str(error)})
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the candidate may raise anything
         text = clip("".join(traceback.format_exception(error)))

@@ -1,4 +1,4 @@
-"""A process that waits ready for the next candidate: imports, sandbox and, on a GPU, its context are behind it."""
+"""A process that waits ready for a candidate or a task: imports, sandbox and, on a GPU, its context are behind it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from . import subject
-from .base import Candidate
+from . import judge, subject
+from .base import Candidate, Task
 from .clock import CudaClock
 from .guards import parse_guards
 from .wire import Channel
@@ -19,7 +19,7 @@ SOURCE = "source.txt"
 
 
 def main(channel: Channel, device: str, triton_base: Path | None) -> None:
-    """Serve until a candidate has been judged, or the supervisor closes the channel."""
+    """Serve until the role that it was given ends, or the supervisor closes the channel."""
     while True:
         message, fds = channel.recv_fds(2)
         if message is None:
@@ -28,6 +28,9 @@ def main(channel: Channel, device: str, triton_base: Path | None) -> None:
             channel.send({"event": "warm", "fault": _warm(device, triton_base)})
             continue
         source = Path(SOURCE).read_text(errors="surrogatepass")
+        if message["op"] == "judge":
+            judge.main(channel, Task(source, str(message["name"])), device, int(str(message["seed"])), {})
+            return
         guards_off = parse_guards(list(message["guards_off"]))  # type: ignore[call-overload]
         limit = int(str(message["source_bytes"]))
         subject.main(channel, Candidate(source), device, tuple(fds), limit, guards_off)

@@ -56,7 +56,9 @@ def import_for_children(device: str) -> None:
         import triton
         import triton.language  # noqa: F401  (0.5 s that each candidate would spend)
 
-    from . import compare, evaluate, gpumemory, judge, subject, timing  # noqa: F401
+    from . import compare, evaluate, gpumemory, judge, subject, timing, warm  # noqa: F401
+    from .candidates import load, plain_cuda, solution  # noqa: F401
+    from .tasks import flashinfer_reference, gpumode_reference  # noqa: F401
 
 
 def _children_can_use_cuda() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from specgen_engine.evaluation.base import Stage, Status, Task
@@ -76,8 +78,10 @@ def test_the_pool_lives_on_and_nothing_is_left(judge, pool_thread) -> None:
     snapshot = pool_thread.pool.snapshot()
     assert (snapshot["ready"], snapshot["restarts"], snapshot["busy"]) == (1, 0, 0)
     worker = psutil.Process(pool_thread.pool._slots[0].process.pid)
-    below = worker.children(recursive=True)
-    assert len(below) <= 3, below  # the judge and what its sandbox puts around it
+    deadline = time.monotonic() + 2
+    while len(below := worker.children(recursive=True)) > 6 and time.monotonic() < deadline:
+        time.sleep(0.01)  # what is killed when the verdict is told may still be on its way out
+    assert len(below) <= 6, below  # the judge, the spare and what a sandbox puts around each
 
 
 def test_time_off_the_cpu_clock_is_no_speed(judge) -> None:

@@ -1,0 +1,25 @@
+"""A storm of faults: every job gets its verdict, nothing is left (bench/evaluation_storm.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.evaluation_storm import measure
+
+
+def _survives(count: int, workers: int) -> None:
+    found = measure(count, "cpu", workers, seed=7)
+    assert found["lost_jobs"] == 0, found
+    assert found["unexpected"] == [], found
+    assert found["processes_left"] == [], found
+    assert sum(found["verdicts"].values()) == count
+    assert max(found["seconds_from_a_hang_to_the_next_check"], default=0) < 2.0, found
+
+
+def test_50_evaluations() -> None:
+    _survives(50, 1)
+
+
+@pytest.mark.slow
+def test_500_evaluations() -> None:
+    _survives(500, 1)
