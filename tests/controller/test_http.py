@@ -126,10 +126,11 @@ class Reader:
         raise EOFError
 
     def event(self) -> tuple[str, dict[str, Any], str]:
-        while True:
+        for _ in range(50):  # comments between events
             block = self.block()
             if "event" in block:
                 return block["event"], json.loads(block["data"]), block["id"]
+        raise AssertionError("no event came")
 
     def close(self) -> None:
         self.answer.close()
