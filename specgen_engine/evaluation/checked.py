@@ -1,0 +1,198 @@
+"""Compile and check: from the text to a model whose results are right on inputs that it never saw."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from .base import Candidate, Status, Task
+from .buildcache import BuildFolder, remember_hang, remembered_hang
+from .gpulock import gpu_turn
+from .guards import Guard, parse_guards
+from .spending import Spending
+from .worker import Ended, Worker
+
+TIMING_SLOTS = 2
+ACQUITTALS = 4
+
+
+class Checked(Spending):
+    """The first stages of one candidate on one worker; each raises Ended when it ends there.
+
+    held: what is given back when the verdict has been told.
+    """
+
+    def __init__(self, worker: Worker, request: dict[str, Any], held: ExitStack) -> None:
+        super().__init__(lambda stage: worker.link.send({"job": self.job, "stage": stage}))
+        self.held, self.turn, self.has_turn = held, ExitStack(), False
+        self.import_s = 0.0
+        self.worker, self.limits, self.job = worker, worker.limits, str(request["job"])
+        self.task = Task(**request["task"])
+        self.candidate = Candidate(request["candidate"])
+        self.off = worker.guards_off = parse_guards(request.get("guards_off", ()))
+        self.checks = max(self.limits.check_seeds, self.task.cases)
+        self.owed = self.checks + TIMING_SLOTS + 1
+        self.sets = self.owed + ACQUITTALS
+        self.shown: dict[str, Any] = {}
+        self.layouts: dict[int, Any] = {}
+
+    def _refuse_known_hang(self) -> None:
+        cache, limits = self.worker.cache, self.limits
+        reason = remembered_hang(cache, self.task.hash, self.candidate.hash) if limits.remember_hangs else None
+        if reason is not None:
+            raise Ended(Status.TIMEOUT, f"{reason} (when it ran before; not run again)")
+
+    def note_hang(self, ended: Ended) -> None:
+        """A call of the candidate that did not end: it is not to hold a GPU up again."""
+        if ended.status is Status.TIMEOUT and self.worker.stage in ("check", "time") and self.limits.remember_hangs:
+            remember_hang(self.worker.cache, self.task.hash, self.candidate.hash, str(ended))
+
+    def _warm_spare_early(self) -> None:
+        """While this candidate compiles just in time; for one that doesn't, after its verdict (see clear_gpu)."""
+        if self.worker.on_gpu and "triton" in self.candidate.source:
+            with self.step("spare"):
+                self.worker.begin_warming()
+
+    # -- compile ---------------------------------------------------------------------------------------------------
+
+    def _compile(self, regions: tuple[int, ...], build: BuildFolder) -> None:
+        """On the host the judge prepares inputs meanwhile; on a GPU it waits until the GPU is this evaluation's."""
+        worker = self.worker
+        worker.stage = "import"
+        with self.step("fork"):
+            self.child = worker.start_candidate(self.candidate, regions, build)
+            self.judge = worker.judge_for(self.task)
+        if worker.on_gpu:
+            self._import_on_gpu()
+            self._begin(())
+        else:
+            self._begin(regions)
+            with self.own():
+                worker.reply(self.child, self.limits.compile_s, "importing the module")
+        worker.stage = "construct"
+        with self.step("inputs"):
+            begun = self._judge_reply("loading the reference")
+            while begun.get("event") != "begun":
+                begun = self._judge_reply("loading the reference")
+        with self.step("open"):
+            worker.ask(self.child, {"op": "open", "sizes": begun["sizes"]}, tuple(self.judge.fds))
+            self.judge.close_fds()
+            worker.reply(self.child, self.limits.check_s, "making a CUDA context")
+        with self.own():
+            said = {key: begun[key] for key in ("init", "weights", "seed")}
+            worker.ask(self.child, {"op": "construct"} | said)
+            worker.reply(self.child, self.limits.compile_s, "constructing ModelNew")
+
+    def _import_on_gpu(self) -> None:
+        """While the module is imported, the judge gets its place on the GPU, in a turn of its own when that is long."""
+        worker, started, waited = self.worker, time.monotonic(), self.waited_s
+        try:
+            while self.judge.pending:  # its import and construction on the host need no GPU
+                self._judge_reply("loading the reference")
+            if not worker.judge_placed:
+                with ExitStack() as early:
+                    self._take_gpu(early)
+                    worker.ask(self.judge, {"op": "place"})
+                    self._judge_reply("loading the reference")
+                    worker.judge_placed = True
+                    if self.child.inbox or self.child.ended:
+                        self._keep_turn(early)
+            worker.reply(self.child, self.limits.compile_s, "importing the module")
+            if not self.has_turn:
+                self._take_gpu(self.turn)
+                self._keep_turn(self.turn)
+        finally:
+            end = time.monotonic()
+            self.import_s = max(0.0, (self.child.heard or end) - started)
+            self.own_s += self.import_s
+            unclaimed = end - started - (self.waited_s - waited) - self.import_s
+            self.steps["reference"] = self.steps.get("reference", 0.0) + max(0.0, unclaimed)
+
+    def _begin(self, regions: tuple[int, ...]) -> None:
+        self.judge.close_fds()
+        begin = {"op": "begin", "sets": self.sets, "guards_off": sorted(self.off)}
+        self.worker.ask(self.judge, begin, regions)
+        for slot in range(self.owed):
+            self._prepare(slot, slot % self.task.cases if slot < self.checks else 0)
+
+    def _prepare(self, slot: int, case: int = 0) -> None:
+        seed = 0 if Guard.SEEDS in self.off else secrets.randbits(48)
+        self.worker.ask(self.judge, {"op": "prepare", "slot": slot, "seed": seed, "case": case})
+
+    def _take_gpu(self, turn: ExitStack) -> None:
+        """Wait for the GPU. Waiting counts as such from when the candidate could have gone on."""
+        start = time.monotonic()
+        self.gpu = turn.enter_context(gpu_turn(self.worker.device, self.worker.wait))
+        if self.child.inbox or self.child.ended or not self.child.pending:
+            self.waited_s += max(0.0, time.monotonic() - max(start, self.child.heard))
+
+    def _keep_turn(self, turn: ExitStack) -> None:
+        """The turn is this evaluation's until its end; then nothing of it is left on the GPU."""
+        if turn is not self.turn:
+            self.turn.push(turn.pop_all())
+        self.has_turn = True
+        self.turn.callback(self.worker.clear_gpu)
+        self.worker.require_gpu()
+        if not (self.limits.parallel_checks and self._has_room()):
+            self.waited_s += self.gpu.alone()
+
+    def _has_room(self) -> bool:
+        """Does the GPU hold this evaluation beside another of its kind?"""
+        self.worker.ask(self.judge, {"op": "room", "sets": self.sets})
+        answer = self._judge_reply("loading the reference")
+        return int(answer["free"]) > 2 * int(answer["need"])
+
+    def _judge_reply(self, doing: str) -> dict[str, Any]:
+        return self.worker.reply(self.judge, self.limits.task_s, doing)
+
+    def _layout(self, slot: int) -> Any:
+        """The inputs of a slot; the judge answers in the order of slots."""
+        with self.step("inputs"):
+            while slot not in self.layouts:
+                self.layouts[len(self.layouts)] = self._judge_reply("preparing inputs")["inputs"]
+        return self.layouts[slot]
+
+    # -- check -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        self.worker.stage = "check"
+        for slot in range(self.checks):
+            self._check_slot(slot)
+
+    def _check_hidden(self) -> None:
+        if Guard.HIDDEN not in self.off:
+            self._check_slot(self.checks + TIMING_SLOTS, " (on inputs kept back until after timing)")
+
+    def _check_slot(self, slot: int, note: str = "") -> None:
+        layout = self._layout(slot)
+        with self.step("copies"):
+            ran = self._run(layout)
+        self._compare(slot, ran, note)
+
+    def _run(self, layout: Any) -> dict[str, Any]:
+        """One call on fresh inputs. Its own share is what its process says, at most what passed here."""
+        start = time.monotonic()
+        own: float | None = None
+        try:
+            self.worker.ask(self.child, {"op": "run", "inputs": layout})
+            ran = self.worker.reply(self.child, self.limits.check_s, "running on fresh inputs")
+            own = ran["took"] if isinstance(ran.get("took"), float) else None
+        finally:
+            passed = time.monotonic() - start
+            self.own_s += passed if own is None else min(passed, max(0.0, own))
+        return ran
+
+    def _compare(self, slot: int, ran: dict[str, Any], note: str = "") -> None:
+        self._layout(self.owed - 1)  # replies of the judge come in order: take those owed first
+        keys = ("outputs", "inputs", "aliases", "previous")
+        if ran.get("event") != "ran" or any(key not in ran for key in keys):
+            raise Ended(Status.REJECTED, "forged message: not the answer that was asked for")
+        with self.step("compare"):
+            self.worker.ask(self.judge, {"op": "compare", "slot": slot} | {key: ran[key] for key in keys})
+            found = self._judge_reply("comparing")
+        self.shown = {key: found[key] for key in ("kind", "max_abs_error", "max_rel_error") if key in found}
+        if found["status"] != "ok":
+            status = Status.WRONG if found["status"] == "wrong" else Status.REJECTED
+            raise Ended(status, found["reason"] + note, found["reason"])

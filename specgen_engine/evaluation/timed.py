@@ -1,0 +1,197 @@
+"""Timing: the reference's and the candidate's calls by turns, watched from outside."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+from . import children, sandbox
+from .base import Status
+from .checked import ACQUITTALS, TIMING_SLOTS, Checked
+from .children import Child
+from .clock import supervisor_clock
+from .gpustate import conditions
+from .guards import Guard
+from .timing import Speedup, skips_repeats, speedup, works_on
+from .worker import Ended, Worker
+
+CLOCK_SETTLES_S = 0.0003
+EXTRA_S = 5.0
+BLOCK_NS = 40_000_000
+MAX_REPEATS = 500
+MIN_REPEATS = 8
+MIN_BLOCKS = 3
+IDLE_FACTOR, IDLE_SLACK_NS = 3, 10_000_000
+"""Wall time beyond the reference's own share of waiting, at which CPU time is no measure of a candidate's work."""
+UNSEEN_FACTOR, UNSEEN_SLACK_NS = 0.5, 6_000_000
+CALL_SLACK_NS = 40_000
+"""The slack is a scheduler tick: another process's CPU clock is brought up to date when it blocks, else every 4 ms.
+A call's slack, on a GPU: a launch from Python takes that long on the host, hidden behind the flush of the L2."""
+
+
+class Timed(Checked):
+    """The last stage of one candidate; raises Ended when it ends there."""
+
+    def __init__(self, worker: Worker, request: dict[str, Any], held: ExitStack) -> None:
+        super().__init__(worker, request, held)
+        self.fresh: list[int] = []
+        self.repeats: list[int] = []
+        self.reference: list[int] = []
+        self.unseen: list[tuple[int, int]] = []
+        self.idle: list[bool] = []
+        self.goes_on: list[bool] = []
+        self.use = str(request.get("gpu_use", "turn"))
+        self.extra_ms: dict[str, float] = {}
+        self.conditions: dict[str, Any] = {}
+
+    def _time(self) -> Speedup:
+        worker = self.worker
+        worker.stage = "time"
+        slots = list(range(self.checks, self.checks + TIMING_SLOTS))
+        staged: dict[str, object] = {"op": "stage", "inputs": {str(slot): self._layout(slot) for slot in slots}}
+        with self.step("copies"):
+            worker.ask(self.child, staged)
+            worker.reply(self.child, self.limits.check_s, "taking the timing inputs")
+        before = self._gpu_state()
+        self.deadline = time.monotonic() + self.limits.time_s
+        first = self._block(slots)
+        self.fresh = first
+        self._show(slots[-1])
+        count = self._repeats_for_a_block(first)
+        budget = time.monotonic() + self.limits.timing_budget_s
+        self.reference.clear()
+        self.unseen.clear()
+        self.idle.clear()
+        self.goes_on.clear()
+        for block in itertools.count():
+            # Every slot is the last, and shown, at least once: a result kept from other contents must come to light.
+            sequence = [secrets.choice(slots) for _ in range(count - 1 - secrets.randbelow(count // 2))]
+            sequence.append(slots[block % len(slots)])
+            times = self._block(sequence)
+            self.repeats += times
+            count = self._repeats_for_a_block(times)
+            with self.step("interval"):
+                result = speedup(self.reference, self.repeats, seed=len(self.repeats))
+            enough = len(self.repeats) >= MIN_REPEATS and result.half_width <= self.limits.precision
+            last = block + 1 >= MIN_BLOCKS and (enough or time.monotonic() > budget)
+            if last or block < len(slots) or secrets.randbelow(4) == 0:
+                self._show(sequence[-1])
+            if last:
+                self.last_slot = sequence[-1]
+                break
+        if worker.on_gpu:
+            self.conditions = {"use": self.use} | conditions(before, self._gpu_state())
+        self._reject_tricks()
+        return result
+
+    def _gpu_state(self) -> dict[str, Any]:
+        with self.step("clocks"):
+            return self.worker.gpu_state.read() if self.worker.gpu_state else {}
+
+    def _repeats_for_a_block(self, times: list[int]) -> int:
+        """As many as fill a block at the pace of these; fewer when the wall clock runs much faster than the CPU's."""
+        return max(2, min(MAX_REPEATS, int(BLOCK_NS * len(times) / max(sum(times), self.wall_ns / 4, 1))))
+
+    def _block(self, sequence: list[int]) -> list[int]:
+        """The reference, then the candidate, on the same slots; both are also timed from here."""
+        spent: list[int] = []
+        walls: list[int] = []
+        times: list[list[int]] = []
+        late: list[list[int]] = []
+        for child, doing in ((self.judge, "timing the reference"), (self.child, "timing")):
+            runs_code = children.innermost(child.pid, sandbox.around(self.worker.level))
+            now = supervisor_clock(self.worker.device, self.limits.threads, runs_code)
+            start, began = now(), time.perf_counter_ns()
+            self.worker.ask(child, {"op": "time", "sequence": sequence})
+            left = max(0.1, self.deadline - time.monotonic())
+            answer = self.worker.reply(child, left, doing)
+            walls.append(time.perf_counter_ns() - began)
+            self.own_s += walls[-1] / 1e9
+            time.sleep(CLOCK_SETTLES_S)
+            spent.append(now() - start)
+            times.append(_times(child, answer, len(sequence), spent[-1]))
+            late.append(_late(answer))
+        self.goes_on.append(works_on(late[1], late[0], times[1]))
+        self.reference += times[0]
+        around = (spent[0] - sum(times[0]), spent[1] - sum(times[1]))
+        self.unseen.append((around[1] - around[0], sum(times[1])))
+        self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])
+        self.wall_ns, self.calls = walls[1], len(sequence)
+        return times[1]
+
+    def _show(self, slot: int) -> None:
+        with self.step("copies"):
+            self.worker.ask(self.child, {"op": "show"})
+            shown = self.worker.reply(self.child, self.limits.check_s, "showing the last result")
+        if Guard.TIMED_RESULTS not in self.off:
+            self._compare(slot, shown, " (in a timed call)")
+
+    def _reject_tricks(self) -> None:
+        remembers = Guard.UNSEEN not in self.off and skips_repeats(self.fresh, self.repeats)
+        if remembers and self._slow_on_unseen_again():
+            raise Ended(Status.REJECTED, "it is fast only on inputs that it has seen before")
+        if all(self.goes_on) and Guard.STREAMS not in self.off:
+            raise Ended(Status.REJECTED, "the GPU works on after the call's stream is done: a stream is not joined")
+        slack = UNSEEN_SLACK_NS + (CALL_SLACK_NS * self.calls if self.worker.on_gpu else 0)
+        hides = median(extra - UNSEEN_FACTOR * told for extra, told in self.unseen) > slack
+        if hides and Guard.OUTSIDE_CLOCK not in self.off:
+            raise Ended(Status.REJECTED, "it reports less time than the supervisor's clock saw")
+        if all(self.idle) and Guard.IDLE not in self.off:
+            raise Ended(Status.REJECTED, "it waits, or lets other processes work, while its own CPU clock stands still")
+
+    def _slow_on_unseen_again(self) -> bool:
+        """Suspected of remembering inputs: a few more sets that it can't know, each called when it is warm."""
+        slots = [self.owed + extra for extra in range(ACQUITTALS)]
+        known = self.checks
+        for slot in slots:
+            self._prepare(slot)
+        self.worker.ask(self.child, {"op": "stage", "inputs": {str(slot): self._layout(slot) for slot in slots}})
+        self.worker.reply(self.child, self.limits.check_s, "taking the timing inputs")
+        self.deadline = time.monotonic() + self.limits.time_s
+        fresh = [self._block([known, known, slot])[2] for slot in slots]
+        return skips_repeats(fresh, self.repeats)
+
+    def _extra_times(self) -> None:
+        """Figures beside the measured ones; a candidate that fails here keeps its verdict."""
+        try:
+            for name, child in (("reference", self.judge), ("candidate", self.child)):
+                self._extra(f"{name}_warm", child, "warm_calls")
+            if self._extra("candidate_graph", self.child, "graph"):
+                self._show(self.last_slot)
+        except Ended as ended:
+            if ended.status is Status.CANCELLED:
+                raise
+            self.extra_ms.pop("candidate_graph", None)
+            self.conditions["extra_times"] = str(ended)[:200]
+
+    def _extra(self, name: str, child: Child, op: str) -> bool:
+        self.worker.ask(child, {"op": op})
+        answer = self.worker.reply(child, EXTRA_S, "calls beside the timed ones")
+        times = answer.get("ns")
+        if answer.get("why"):
+            self.conditions["no_graph"] = str(answer["why"])[:200]
+        if isinstance(times, list) and times and all(type(value) is int and value > 0 for value in times):
+            self.extra_ms[name] = round(median(times) / 1e6, 6)
+        return name in self.extra_ms
+
+
+def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> list[int]:
+    """The times of an answer; a candidate that reports impossible ones is rejected."""
+    times = answer.get("ns")
+    if (
+        not isinstance(times, list)
+        or len(times) != count
+        or not all(type(value) is int and value > 0 for value in times)
+        or sum(times) > spent_ns * 1.05 + UNSEEN_SLACK_NS
+    ):
+        raise Ended(Status.REJECTED, f"forged message: the times of the {child.kind} are impossible")
+    return times
+
+
+def _late(answer: dict[str, Any]) -> list[int]:
+    late = answer.get("late")
+    return [value for value in late if type(value) is int] if isinstance(late, list) else []
