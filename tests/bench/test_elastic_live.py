@@ -38,7 +38,7 @@ def test_the_simulator_repeats_a_static_run_from_its_service_times() -> None:
     assert model == {name: pytest.approx(value) for name, value in figures_of(STATIC, ARRIVALS, 2).items()}
     slow = [row._replace(busy_s=row.busy_s + 1, ended=row.ended + 1) for row in STATIC]
     slower = simulated("static-1-1", ARRIVALS, STATIC, [slow], 2, CONFIG)
-    assert slower["mean_feedback_s"] > model["mean_feedback_s"] + 1, "the other runs' seconds count, not its own"
+    assert slower["mean_feedback_s"] > model["mean_feedback_s"] + 1, "the seconds are those of the source runs"
 
 
 def test_bursts_and_recorded_answers(tmp_path: Path) -> None:
