@@ -6,10 +6,11 @@ VENV := .venv
 RUN := $(VENV)/bin
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PYTEST := $(RUN)/python -m pytest --durations=15 --durations-min=1
+LATEST := build/venv-latest
 CXX_SOURCES = $(shell find csrc kernels -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 UV_LOCK := $(RUN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
-.PHONY: help venv demo test test-all test-gpu lint format lock clean
+.PHONY: help venv demo test test-all test-latest test-gpu lint format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,6 +26,15 @@ test: lint ## one case a feature: what CI runs
 
 test-all: lint ## the whole matrix, but what needs a GPU
 	$(PYTEST) -m "not gpu"
+
+test-latest: venv ## `make test` on the newest SGLang that installs here, in build/venv-latest
+	$(RUN)/uv venv --quiet --allow-existing --python $(RUN)/python $(LATEST)
+	sed 's/^sglang==.*/sglang/' requirements/dev.in > $(LATEST)/dev.in
+	VIRTUAL_ENV=$(LATEST) $(RUN)/uv pip install --quiet --upgrade -r $(LATEST)/dev.in
+	VIRTUAL_ENV=$(LATEST) $(RUN)/uv pip install --quiet --no-deps -r requirements/models.in
+	PATH=$(CURDIR)/$(LATEST)/bin:$$PATH VIRTUAL_ENV=$(LATEST) $(RUN)/uv pip install --quiet --no-build-isolation --no-deps --editable .
+	newest=$$($(LATEST)/bin/python -c 'from importlib.metadata import version; print(version("sglang"))') && echo "SGLang $$newest" && \
+	  SPECGEN_ALLOW_SGLANG=$$newest PATH=$(CURDIR)/$(LATEST)/bin:$$PATH $(LATEST)/bin/python -m pytest --durations=15 --durations-min=1 -m "not slow and not gpu"
 
 test-gpu: venv ## what needs one GPU or several
 	$(PYTEST) -m gpu

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from specgen_engine import config, plugin
+from specgen_engine import config, modes, plugin
 from specgen_engine.errors import SpecGenError
 
 
@@ -23,6 +23,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
             _refuse(f"{given} needs --enable-specgen")
         return server_args
     try:
+        plugin.check_release()
         settings = config.from_arguments(args)
         if settings.kv.tier != "off":
             from specgen_engine.tier.hooks import prepare_arguments
@@ -40,22 +41,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     return server_args
 
 
-# What forks cannot do yet, each with what to do instead: (is it on?, message).
-REFUSED_MODES: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (lambda a: a.dp_size > 1, "--dp-size above 1: the data-parallel controller loads no plugins; run one server a replica"),
-    (lambda a: a.tokenizer_worker_num > 1, "--tokenizer-worker-num above 1: tokenizer workers load no plugins; use 1"),
-    (lambda a: a.pp_size > 1, "--pp-size above 1: fork points need all layers in one rank; use --tp-size"),
-    (lambda a: a.disaggregation_mode != "null", "--disaggregation-mode: forks need prefill and decode in one engine; leave it out"),
-    (lambda a: bool(a.disable_radix_cache), "--disable-radix-cache: fork points live in the radix tree; leave it out"),
-    (lambda a: bool(a.skip_tokenizer_init), "--skip-tokenizer-init: triggers and grafts need the text; leave it out"),
-    (lambda a: a.speculative_algorithm is not None, "--speculative-algorithm: fork points under speculative decoding are untested; leave it out"),
-    (lambda a: a.page_size not in (None, 1, 16, 32, 64), "--page-size other than 1, 16, 32, 64: untested; use one of these"),
-)  # fmt: skip
-
-
 def _refuse_modes(server_args: Any) -> None:
-    refused = [message for is_on, message in REFUSED_MODES if is_on(server_args)]
-    if refused:
+    if refused := modes.refusals(server_args):
         raise SpecGenError("--enable-specgen does not go with " + "; ".join(refused))
 
 

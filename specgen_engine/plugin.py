@@ -11,13 +11,17 @@ import importlib
 import inspect
 import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from specgen_engine.errors import HookError
+from specgen_engine import versions
+from specgen_engine.errors import HookError, SpecGenError
+from specgen_engine.versions import sglang_version
 
 ACTIVE = "SPECGEN_ACTIVE_PID"
 Kind = Literal["before", "after", "around"]
@@ -65,12 +69,16 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "batch", "result"), "token-level triggers; fork points at the step that decodes them"),
     Hook("scheduler", f"{SCHEDULER}._get_new_batch_prefill_raw", "around", "specgen_engine.scheduler.hooks:get_new_batch_prefill",
          ("self", "prefill_delayer_single_pass", "running_batch"), "forks are admitted only behind ordinary requests"),
+    Hook("scheduler", f"{SCHEDULER}._add_request_to_queue", "after", "specgen_engine.scheduler.hooks:queued",
+         ("self", "req", "is_retracted"), "count what is retracted"),
     Hook("scheduler", "sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order", "after",
          "specgen_engine.scheduler.hooks:retraction_order", ("reqs", "server_args"), "forks are retracted first"),
     Hook("scheduler", "sglang.srt.mem_cache.registry.default_radix_cache_factory", "around", "specgen_engine.tier.hooks:radix_cache",
          ("ctx",), "the radix cache over lent memory, with --specgen-kv peer or loopback"),
     Hook("scheduler", f"{SCHEDULER}.get_internal_state", "after", "specgen_engine.tier.hooks:internal_state",
          ("self", "recv_req"), "the remote KV tier's counts and books in /server_info"),
+    Hook("scheduler", f"{SCHEDULER}.get_internal_state", "after", "specgen_engine.scheduler.hooks:internal_state",
+         ("self", "recv_req"), "retracted requests, free KV and remembered searches in /server_info"),
     Hook("scheduler", "sglang.srt.model_executor.model_runner.ModelRunner.sample", "after", "specgen_engine.replay.sampler:sample",
          ("self", "logits_output", "forward_batch"), "replay: recorded ids replace sampled ones where sampling happens"),
 )  # fmt: skip
@@ -86,8 +94,10 @@ def load() -> None:
 def activate(process: Process) -> list[str]:
     """Check, register and apply the hooks of a process; returns their targets.
 
-    Raises HookError when SGLang lacks a target, its signature differs, or applying it failed.
+    Raises HookError for a release that is neither tested (versions.py) nor allowed, and when SGLang lacks a target,
+    its signature differs, or applying it failed.
     """
+    check_release()
     hooks = [hook for hook in HOOKS if hook.process == process]
     problems = [problem for hook in hooks if (problem := fit(hook))]
     if problems:
@@ -102,6 +112,20 @@ def activate(process: Process) -> list[str]:
     return [hook.target for hook in hooks]
 
 
+def check_release() -> None:
+    """Raises HookError for an untested release, naming the hooks that moved, unless the operator allows it."""
+    version = sglang_version()
+    if versions.refusal(version, []) is None:
+        return
+    reason = versions.refusal(version, [problem for hook in HOOKS if (problem := fit(hook))])
+    raise HookError(f"--enable-specgen: {reason}")
+
+
+def targets() -> dict[str, versions.Signature]:
+    """All that we take from SGLang by name, hooked or called, with its parameters where nothing moved."""
+    return {hook.target: hook.expects for hook in HOOKS} | dict(versions.CALLED)
+
+
 def mark_active() -> None:
     """Child processes of this one are schedulers of an active server; a pid, so that a stray variable cannot mislead."""
     os.environ[ACTIVE] = str(os.getpid())
@@ -114,8 +138,9 @@ def fit(hook: Hook) -> str | None:
     except (ImportError, AttributeError) as error:
         return f"{hook.target} is missing ({error})"
     found = tuple(inspect.signature(function).parameters)
-    if found != hook.expects:
-        return f"{hook.target} takes ({', '.join(found)}), expected ({', '.join(hook.expects)})"
+    expects = versions.expected(hook.target, hook.expects, versions.current()) or hook.expects
+    if found != expects:
+        return f"{hook.target} takes ({', '.join(found)}), expected ({', '.join(expects)})"
     return None
 
 
@@ -131,12 +156,6 @@ def check_hooks() -> list[dict[str, str]]:
         {"target": h.target, "kind": h.kind, "purpose": h.purpose, "process": h.process, "problem": fit(h) or ""}
         for h in HOOKS
     ]
-
-
-def sglang_version() -> str:
-    from importlib.metadata import version
-
-    return version("sglang")
 
 
 def resolve(target: str) -> Callable[..., Any]:
@@ -170,3 +189,23 @@ def _handler(hook: Hook) -> Callable[..., Any]:
 def _inside_active_server() -> bool:
     pid = os.environ.get(ACTIVE, "")
     return pid.isdigit() and int(pid) in {parent.pid for parent in psutil.Process().parents()}
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m specgen_engine.plugin --check-wheel [FILE]`: 0 when all fits, 1 when something moved, 2 for bad input."""
+    from specgen_engine import signatures
+
+    if not arguments or arguments[0] != "--check-wheel" or len(arguments) > 2:
+        print(f"usage: {main.__doc__}", file=sys.stderr)
+        return 2
+    try:
+        report = signatures.check(Path(arguments[1]) if len(arguments) == 2 else None, targets())
+    except SpecGenError as error:
+        print(f"specgen: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(signatures.lines_of(report)))
+    return 1 if report.moved else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from specgen_engine import versions
 from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.thinking import Phase, PhaseState, ReasoningPhase, ThinkingStyle
 from specgen_engine.controller.triggers import Trigger, parse_trigger
@@ -34,6 +35,14 @@ class Watched:
     steps: int = 0
 
 
+@dataclass(slots=True)
+class Retracted:
+    """Requests put back into the waiting queue since start-up, by us or by SGLang; not bases that step aside."""
+
+    forks: int = 0
+    ordinary: int = 0
+
+
 class SchedulerExtension:
     """Token-level triggers, fork points and the speculative class of one scheduler."""
 
@@ -48,7 +57,7 @@ class SchedulerExtension:
         )
         self.base_share = settings.scheduler.base_share
         self.watched: dict[str, Watched] = {}
-        self.forks_retracted = 0
+        self.retracted = Retracted()
         self._pieces: dict[int, str] = {}
 
     # ---- control messages, broadcast to every rank
@@ -103,7 +112,7 @@ class SchedulerExtension:
                 self._step(req, watched, token)
 
     def _made(self, req: Any, watched: Watched, length: int) -> bool:
-        if length > req.kv_committed_len:
+        if length > versions.current().kv.committed(req):
             return False
         watched.inserted = insert_fork_point(req, length, self.scheduler.tree_cache)
         return True
@@ -173,24 +182,32 @@ class SchedulerExtension:
         )
 
     def make_room(self, batch: Any, load: Load, ordinary_admitted: bool) -> None:
-        """Retract the youngest running fork when an ordinary request was kept out of this step."""
-        if not forks_to_retract(load, ordinary_admitted):
-            return
-        youngest = max(
-            (i for i, req in enumerate(batch.reqs) if is_fork(req.rid) and not req.finished()),
-            key=lambda i: batch.reqs[i].time_stats.wait_queue_entry_time,
-            default=None,
-        )
-        if youngest is None:
-            return
-        self.forks_retracted += 1
-        logger.info("fork %s retracted: an ordinary request waits", batch.reqs[youngest].rid)
-        self._retract(batch, youngest)
+        """Retract running forks when an ordinary request was kept out of this step; those first that lose least.
+
+        Chosen by what every tensor-parallel rank sees alike; a clock is none of it.
+        """
+        for _ in range(forks_to_retract(load, ordinary_admitted)):
+            youngest = max(
+                (i for i, req in enumerate(batch.reqs) if is_fork(req.rid) and not req.finished()),
+                key=lambda i: (-len(batch.reqs[i].output_ids), i),
+                default=None,
+            )
+            if youngest is None:
+                return
+            logger.info("fork %s retracted: an ordinary request waits", batch.reqs[youngest].rid)
+            self._retract(batch, youngest)
+
+    def queued(self, req: Any, is_retracted: bool) -> None:
+        """A request joins the waiting queue."""
+        if is_retracted and is_fork(req.rid):
+            self.retracted.forks += 1
+        elif is_retracted:
+            self.retracted.ordinary += 1
 
     def _retract(self, batch: Any, index: int) -> None:
         """Back to the waiting queue, as SGLang's own retraction does it at this point of the loop."""
         req = batch.reqs[index]
-        batch.release_req(index, len(batch.reqs) - 1, self.scheduler.server_args)
+        versions.current().kv.release(batch, index, self.scheduler.server_args)
         batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i != index])
         batch.batch_is_full = False
         self.scheduler._add_request_to_queue(req, is_retracted=True)
@@ -215,7 +232,9 @@ class SchedulerExtension:
         if index is None:
             return
         req = batch.reqs[index]
-        watched.inserted = insert_fork_point(req, req.kv_committed_len, self.scheduler.tree_cache)
+        committed = versions.current().kv.committed(req)
+        watched.inserted = insert_fork_point(req, committed, self.scheduler.tree_cache)
         self._retract(batch, index)
         req.retraction_count -= 1
+        self.retracted.ordinary -= 1
         watched.aside = True

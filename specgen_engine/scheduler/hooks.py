@@ -7,6 +7,7 @@ from typing import Any
 
 from specgen_engine import plugin
 from specgen_engine.errors import HookError
+from specgen_engine.modes import tree_refusal
 from specgen_engine.protocol import EndSearch, ForkPoint, ReplayScript, WatchSearch, is_fork, register_messages
 from specgen_engine.replay import sampler
 from specgen_engine.scheduler.extension import SchedulerExtension
@@ -17,6 +18,8 @@ def attach(_result: None, scheduler: Any) -> None:
     settings = scheduler.server_args.__dict__.get("specgen")
     if settings is None:
         raise HookError("SpecGen engine: the scheduler got no configuration with its ServerArgs")
+    if refused := tree_refusal(scheduler.tree_cache, scheduler.is_generation):
+        raise HookError(f"--enable-specgen does not go with this model: {refused}")
     register_messages()
     extension = scheduler.specgen = SchedulerExtension(scheduler, settings)
     if (follow := getattr(scheduler.tree_cache, "follow_searches", None)) is not None:
@@ -56,6 +59,23 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, **argume
     return batch, running
 
 
-def retraction_order(order: list[int], reqs: list[Any], server_args: Any) -> list[int] | None:
+def queued(_result: None, scheduler: Any, req: Any, is_retracted: bool = False) -> None:
+    scheduler.specgen.queued(req, is_retracted)
+
+
+def internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """`specgen` in /server_info's internal_states: what was retracted, is free and is remembered of searches."""
+    extension = scheduler.specgen
+    result.internal_state["specgen"] = {
+        "forks_retracted": extension.retracted.forks,
+        "ordinary_retracted": extension.retracted.ordinary,
+        "free_tokens": scheduler.token_to_kv_pool_allocator.available_size(),
+        "watched": len(extension.watched),
+        "scripts": len(sampler.SCRIPTS),
+    }
+    return result
+
+
+def retraction_order(order: list[int], reqs: list[Any], *_server_args: Any, **_kwargs: Any) -> list[int] | None:
     forks = [is_fork(req.rid) for req in reqs]
     return keep_order(order, forks) if any(forks) else None

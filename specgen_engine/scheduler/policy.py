@@ -61,11 +61,11 @@ def admissible_forks(load: Load, waiting: Sequence[Fork], limits: Limits) -> tup
 
 
 def forks_to_retract(load: Load, ordinary_admitted: bool) -> int:
-    """How many running forks to retract so that a waiting ordinary request is not kept out by them.
+    """How many running forks to retract so that a waiting ordinary request is not kept out by them: all of them.
 
-    One a step: each frees its KV at once, and the next step tries the ordinary request again.
+    One a step would let the rest slow every step that the ordinary request waits for.
     """
-    return 1 if load.ordinary_waiting and not ordinary_admitted and load.forks_running else 0
+    return len(load.forks_running) if load.ordinary_waiting and not ordinary_admitted else 0
 
 
 def base_steps_aside(step: int, share: float, cycle: int = 64) -> bool:

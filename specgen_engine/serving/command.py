@@ -62,8 +62,9 @@ def prepare(arguments: Sequence[str]) -> Launch:
     if not (cpu or smollm or tiny or not _has_gpu()):
         return Launch(rest, dict(os.environ))
     page_size = int(option_value(rest, "--page-size") or 1)
+    ranks = int(option_value(rest, "--tp-size") or option_value(rest, "--tensor-parallel-size") or 1)
     module = "llama" if smollm or tiny else None
-    return Launch(cpu_arguments(rest), cpu_environment(page_size=page_size, model_module=module))
+    return Launch(cpu_arguments(rest), cpu_environment(page_size=page_size, model_module=module, tp_size=ranks))
 
 
 def _take(words: list[str], name: str) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from specgen_engine.config import SpecGenConfig
+from specgen_engine.errors import HookError
 from specgen_engine.protocol import EndSearch, ForkPoint, TriggerFired, WatchSearch, fork_rid
 from specgen_engine.scheduler.extension import SchedulerExtension
-from specgen_engine.scheduler.hooks import retraction_order
+from specgen_engine.scheduler.hooks import attach, internal_state, queued, retraction_order
 
 PROMPT = [1, 2, 3, 4]
 
@@ -37,7 +38,6 @@ class Req:
         self.extend_range: Any = SimpleNamespace(start=0, end=len(prompt))
         self.is_retracted, self.retraction_count, self.done = False, 0, False
         self.sampling_params = SimpleNamespace(max_new_tokens=max_new)
-        self.time_stats = SimpleNamespace(wait_queue_entry_time=float(len(rid)))
 
     def finished(self) -> bool:
         return self.done
@@ -73,15 +73,19 @@ class Scheduler:
         self.sent: list[TriggerFired] = []
         sender = SimpleNamespace(send_output=self.sent.append)
         self.ipc_channels = SimpleNamespace(send_to_tokenizer=sender)
+        self.specgen: Any = None
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         self.waiting_queue.append(req)
+        queued(None, self, req, is_retracted)
 
 
 def extension_of(
     mock: Scheduler, trigger: str = "every:3", opened: bool = True, base_share: float = 1.0
 ) -> SchedulerExtension:
-    extension = SchedulerExtension(mock, SpecGenConfig.model_validate({"scheduler": {"base_share": base_share}}))
+    extension = mock.specgen = SchedulerExtension(
+        mock, SpecGenConfig.model_validate({"scheduler": {"base_share": base_share}})
+    )
     extension.watch(WatchSearch(rid="base", trigger=trigger, open_mark="<think>", close_mark="</think>", opened=opened))
     return extension
 
@@ -179,6 +183,31 @@ def test_forks_wait_behind_ordinary_requests_and_give_way_to_them() -> None:
     assert not scheduler.running_batch.batch_is_full
 
 
+def test_the_forks_that_lose_least_are_retracted_first_and_counted() -> None:
+    """By what every rank sees alike: output tokens, then the place in the batch."""
+    old, young, twin = (Req(fork_rid("base", n), "x" * tokens) for n, tokens in ((1, 9), (2, 2), (3, 2)))
+    scheduler = Scheduler(Req("base", "abc"), old, young, twin)
+    extension = extension_of(scheduler)
+    scheduler.waiting_queue = [Req("other")]
+    _, _, load = extension.split_waiting(scheduler.running_batch.reqs)
+    extension.make_room(scheduler.running_batch, load, ordinary_admitted=False)
+    assert scheduler.waiting_queue[1:] == [twin, young, old]
+    scheduler._add_request_to_queue(Req("new"))
+    scheduler._add_request_to_queue(Req("pushed out"), is_retracted=True)
+    info = internal_state(SimpleNamespace(internal_state={}), scheduler).internal_state["specgen"]
+    assert (info["forks_retracted"], info["ordinary_retracted"]) == (3, 1)
+    assert (info["free_tokens"], info["watched"], info["scripts"]) == (10_000, 1, 0)
+
+
+def test_a_model_that_cannot_be_forked_stops_the_scheduler() -> None:
+    scheduler = Scheduler()
+    scheduler.server_args = SimpleNamespace(specgen=SpecGenConfig())
+    scheduler.is_generation = True  # type: ignore[attr-defined]
+    scheduler.tree_cache = SimpleNamespace(supports_swa=lambda: True, supports_mamba=lambda: False)  # type: ignore[assignment]
+    with pytest.raises(HookError, match="full attention"):
+        attach(None, scheduler)
+
+
 def test_a_base_steps_aside_for_its_forks_and_returns() -> None:
     base, fork, other = Req("base", "abc"), Req(fork_rid("base", 1)), Req("other", "abc")
     scheduler = Scheduler(base, fork, other)
@@ -195,6 +224,7 @@ def test_a_base_steps_aside_for_its_forks_and_returns() -> None:
     assert sum(present) == 16
     assert base.cache_protected_len == base.kv_committed_len, "its KV waits in the tree"
     assert base.retraction_count == 0
+    assert extension.retracted.ordinary == 0, "stepping aside is no retraction"
     fork.done = True
     extension.step_aside(scheduler.running_batch)
     queue, _, _ = extension.split_waiting(scheduler.running_batch.reqs)

@@ -54,9 +54,9 @@ def test_a_fork_that_fits_is_admitted_in_order() -> None:
     assert admissible_forks(load, waiting, caps) == ("one", "two")
 
 
-def test_an_ordinary_request_that_waits_retracts_one_fork_a_step() -> None:
+def test_an_ordinary_request_that_waits_retracts_every_fork() -> None:
     load = Load(1, 1, ("a", "b"), 1000, 0, 0)
-    assert forks_to_retract(load, ordinary_admitted=False) == 1
+    assert forks_to_retract(load, ordinary_admitted=False) == 2
     assert forks_to_retract(load, ordinary_admitted=True) == 0
     assert forks_to_retract(load._replace(forks_running=()), ordinary_admitted=False) == 0
     assert forks_to_retract(load._replace(ordinary_waiting=0), ordinary_admitted=False) == 0

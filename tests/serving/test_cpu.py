@@ -57,3 +57,11 @@ def test_bad_values_name_themselves() -> None:
         cpu_environment({}, page_size=0)
     with pytest.raises(ValueError, match=r"model_module: SGLang has no models/lama\.py"):
         cpu_environment({}, model_module="lama")
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2, 5})
+    assert cpu_environment({}, tp_size=2)["SGLANG_CPU_OMP_THREADS_BIND"] == "0,2|1,5"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3})
+    assert cpu_environment({}, tp_size=2)["SGLANG_CPU_OMP_THREADS_BIND"] == "3|3"
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in cpu_environment({})

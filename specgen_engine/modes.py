@@ -1,0 +1,111 @@
+"""The support matrix: modes of SGLang that touch forks, and what becomes of each. docs/support.md shows this table.
+
+works: forks in this mode, by a test that is named. ordinary: such a request is served as SGLang serves it, with one
+warning; one that names specgen gets a 400 with the reason. refused: the server does not start, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+Verdict = Literal["works", "ordinary", "refused"]
+
+
+class Mode(NamedTuple):
+    """`option` is what an operator or a client sets. is_on: whether ServerArgs have it on; None: told elsewhere.
+
+    why: for a refused mode the reason and what to do instead; else what holds, or the test that shows it.
+    """
+
+    name: str
+    option: str
+    verdict: Verdict
+    why: str
+    is_on: Callable[[Any], bool] | None = None
+
+
+def _set(*names: str) -> Callable[[Any], bool]:
+    return lambda arguments: any(getattr(arguments, name, None) for name in names)
+
+
+def _above(name: str, least: int) -> Callable[[Any], bool]:
+    return lambda arguments: (getattr(arguments, name, None) or least) > least
+
+
+MODES: tuple[Mode, ...] = (
+    Mode("tensor parallel", "--tp-size", "works", "tests/engine/test_modes.py, two CPU ranks over gloo"),
+    Mode("page size 1, 16, 32, 64", "--page-size", "works", "tests/engine/test_fork_kv.py"),
+    Mode("overlap scheduling, on and off", "--disable-overlap-schedule", "works", "tests/engine/test_fork_kv.py"),
+    Mode("chunked prefill", "--chunked-prefill-size", "works", "tests/engine/test_fork_kv.py"),
+    Mode("LoRA", "--enable-lora, --lora-paths", "works",
+         "forks run under their base's adapter; tests/engine/test_modes.py"),
+    Mode("sessions", "session_params, session_id", "ordinary",
+         "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
+    Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
+         "a grammar holds for the whole output, and a fork's answer is a module"),
+    Mode("tools", "tools", "ordinary", "a tool call is no answer with a kernel"),
+    Mode("several answers", "n above 1, a batch of prompts", "ordinary", "one search has one base"),
+    Mode("logprobs, hidden states, input embeddings", "logprobs, return_hidden_states, input_embeds", "ordinary",
+         "a grafted answer has none of its own positions"),
+    Mode("images, video, audio", "image_url, ...", "ordinary", "a fork's input ids would miss their embeddings"),
+    Mode("custom logit processors", "custom_logit_processor", "ordinary", "they are not carried over to forks"),
+    Mode("other routes", "/v1/completions, /generate, /v1/messages, /v1/responses", "ordinary",
+         "reasoning and answer are told apart on /v1/chat/completions"),
+    Mode("offline Engine", "sglang.Engine", "ordinary", "it reads no command line, so the flag is never on"),
+    Mode("several tokenizer workers", "--tokenizer-worker-num", "refused",
+         "tokenizer workers load no plugins, and a search's messages would reach any of them; use 1",
+         _above("tokenizer_worker_num", 1)),
+    Mode("data parallel", "--dp-size", "refused",
+         "the data-parallel controller loads no plugins and sends a fork to any replica, away from its base's KV; "
+         "run one server a replica behind a router", _above("dp_size", 1)),
+    Mode("pipeline parallel", "--pp-size", "refused",
+         "several microbatches are in flight, and a fork point would be inserted in the midst of one; use --tp-size",
+         _above("pp_size", 1)),
+    Mode("context parallel", "--attn-cp-size", "refused", "a rank holds part of a sequence, untested; use --tp-size",
+         _above("attn_cp_size", 1)),
+    Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
+         _above("nnodes", 1)),
+    Mode("speculative decoding (EAGLE, MTP, NGRAM, ...)", "--speculative-algorithm", "refused",
+         "a step commits several tokens, and the draft's KV would need fork points of its own; leave it out",
+         _set("speculative_algorithm")),
+    Mode("prefill/decode disaggregation", "--disaggregation-mode", "refused",
+         "a fork prefills where its base decodes; leave it out",
+         lambda arguments: getattr(arguments, "disaggregation_mode", "null") != "null"),
+    Mode("encoder disaggregation", "--encoder-only, --language-only", "refused",
+         "half a model answers nothing by itself; leave it out", _set("encoder_only", "language_only")),
+    Mode("prefill/decode multiplexing", "--enable-pdmux", "refused",
+         "its event loop prefills beside the running batch, untested; leave it out", _set("enable_pdmux")),
+    Mode("no radix cache", "--disable-radix-cache", "refused", "fork points live in the radix tree; leave it out",
+         _set("disable_radix_cache")),
+    Mode("other radix caches", "--radix-cache-backend, --enable-lmcache, --enable-flexkv", "refused",
+         "fork points are tested on SGLang's own tree; leave it out",
+         _set("radix_cache_backend", "enable_lmcache", "enable_flexkv")),
+    Mode("hybrid models (sliding window, Mamba)", "--model-path", "refused",
+         "the state of a prefix can't be published at any token; serve a model with full attention"),
+    Mode("no tokenizer", "--skip-tokenizer-init", "refused", "triggers and grafts need the text; leave it out",
+         _set("skip_tokenizer_init")),
+    Mode("embedding models", "--is-embedding", "refused", "they do not reason; leave --enable-specgen out",
+         _set("is_embedding")),
+    Mode("diffusion language models", "--dllm-algorithm", "refused",
+         "they do not write from left to right; leave --enable-specgen out", _set("dllm_algorithm")),
+    Mode("legacy gRPC server", "--smg-grpc-mode", "refused", "/specgen and chat are HTTP; use the HTTP server",
+         _set("smg_grpc_mode", "grpc_mode")),
+    Mode("other page sizes", "--page-size", "refused", "untested; use 1, 16, 32 or 64",
+         lambda arguments: getattr(arguments, "page_size", None) not in (None, 1, 16, 32, 64)),
+)  # fmt: skip
+
+
+def refusals(server_args: Any) -> list[str]:
+    """One line a mode that is on and refused: option, reason, what to do."""
+    return [f"{mode.option}: {mode.why}" for mode in MODES if mode.is_on is not None and mode.is_on(server_args)]
+
+
+def tree_refusal(tree_cache: Any, is_generation: bool) -> str | None:
+    """What only the loaded model tells: why forks cannot run on this scheduler, or None."""
+    if not is_generation:
+        return "an embedding model does not reason; leave --enable-specgen out"
+    if tree_cache.supports_swa() or tree_cache.supports_mamba():
+        (mode,) = (mode for mode in MODES if mode.name.startswith("hybrid models"))
+        return f"{type(tree_cache).__name__}: {mode.why}"
+    return None
