@@ -5,7 +5,9 @@
 For each backend two servers run the same model: one with the tier off and a pool that holds everything, one with
 --specgen-kv peer and a pool that holds a few prompts. Both are asked the same, in the same order, one request at a
 time: every prompt, then every prompt with a suffix, whose prefix is then in the own cache of the first server and,
-evicted meanwhile, in the second one's tier. Shapes are the same, so tokens must be.
+evicted meanwhile, in the second one's tier. Shapes are the same, so tokens must be. Then once more while the lender
+takes chunks back: what is lost is computed again, in another shape, so that tokens may differ by rounding; how many did
+is reported, and no request may fail.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kv_tier_client import Client, random_ids
-from bench.kv_tier_servers import GPU_ARGUMENTS, Options, lender
+from bench.kv_tier_servers import GPU_ARGUMENTS, LenderProcess, Options, lender
 from bench.machine import new_report, write_report
 from specgen_engine.errors import SpecGenError
 from specgen_engine.serving.process import running_server
@@ -46,12 +48,23 @@ def answers_of(client: Client) -> tuple[list[list[int]], int, int]:
     return [one.ids for one in answers], sum(one.device for one in answers), sum(one.tier for one in answers)
 
 
+def revoked(client: Client, peer: LenderProcess, expected: list[list[int]]) -> dict[str, Any]:
+    """The same prompts while a quarter of the chunks goes back before every third."""
+    chunks, equal = 0, 0
+    for number, wanted in enumerate(expected):
+        if number % 3 == 0:
+            for epoch in peer.tell("epochs").values():
+                chunks += peer.tell(f"revoke {epoch} 64 0.05")["chunks"]
+        equal += client.ask(random_ids(500 + number, LENGTH), TOKENS, suffix=PROMPTS + number + 1).ids == wanted
+    return {"answered": len(expected), "equal": equal, "chunks": chunks, "state": client.tier_state()}
+
+
 def check(options: Options, wait_for: Path | None) -> dict[str, Any]:
     """One row: how many of the answers agree, and where their prefixes came from."""
     row: dict[str, Any] = {"attention_backend": options.attention_backend, "prompts": PROMPTS, "tokens": TOKENS}
     with ExitStack() as stack:
-        folder = stack.enter_context(lender(options, "4GiB", 64))
-        tier = ["--specgen-kv", "peer", "--specgen-kv-directory", str(folder)]
+        peer = stack.enter_context(lender(options, "1GiB", 2))
+        tier = ["--specgen-kv", "peer", "--specgen-kv-directory", str(peer.folder), "--specgen-kv-chunk-mib", "2"]
         with ThreadPoolExecutor(2) as threads:
             plain = threads.submit(start, stack, options, "off", LARGE_POOL, [])
             remote = threads.submit(start, stack, options, "peer", SMALL_POOL, tier)
@@ -61,6 +74,7 @@ def check(options: Options, wait_for: Path | None) -> dict[str, Any]:
             expected, own, _ = answers_of(plain.result())
             found, device, restored = answers_of(remote.result())
             row["state"] = remote.result().tier_state()
+            row["under_revocation"] = revoked(remote.result(), peer, expected)
     same = sum(a == b for a, b in zip(expected, found, strict=True))
     return row | {
         "equal": same,

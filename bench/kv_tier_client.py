@@ -70,10 +70,10 @@ class Client:
         self._suffix = 0
         self._http = httpx.Client(timeout=600)
 
-    def ask(self, prefix: list[int], tokens: int = 1) -> Answer:
-        """Greedy, with a suffix of its own. Raises SpecGenError when the server refuses."""
+    def ask(self, prefix: list[int], tokens: int = 1, suffix: int | None = None) -> Answer:
+        """Greedy, with a suffix of its own unless its number is given. Raises SpecGenError when the server refuses."""
         self._suffix += 1
-        ids = prefix + random_ids(10**6 + self._suffix, SUFFIX)
+        ids = prefix + random_ids(10**6 + (self._suffix if suffix is None else suffix), SUFFIX)
         body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}
         start = time.perf_counter()
         response = self._http.post(f"{self.url}/generate", json=body)

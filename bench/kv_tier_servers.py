@@ -44,7 +44,7 @@ def start_servers(stack: ExitStack, options: Options) -> dict[str, Client]:
     pool = options.longest + max(96, options.longest // 16)
     cpu = options.backend == "loopback"
     size = "256MiB" if cpu else f"{int(2.5 * options.longest * 147_456 / 2**30) + 2}GiB"
-    socket = stack.enter_context(lender(options, size, 1 if cpu else CHUNK_MIB))
+    socket = stack.enter_context(lender(options, size, 1 if cpu else CHUNK_MIB)).folder
     tier = ["--specgen-kv", options.backend, "--specgen-kv-directory", str(socket)]
     tier += ["--specgen-kv-chunk-mib", str(1 if cpu else CHUNK_MIB)]
     levels = {options.backend: (0, tier), "host": (0 if cpu else 1, ["--specgen-kv", "host"])}
@@ -58,9 +58,25 @@ def start_servers(stack: ExitStack, options: Options) -> dict[str, Client]:
         return {level: future.result() for level, future in started.items()}
 
 
+class LenderProcess:
+    """A lender, told what to do by lines. `folder` holds its socket."""
+
+    def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
+        self.folder = folder
+        self._process = process
+
+    def tell(self, command: str) -> dict[str, int]:
+        """The answer to a command of `python -m specgen_engine.kv`."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(command, file=self._process.stdin, flush=True)
+        answer: dict[str, int] = json.loads(self._process.stdout.readline())
+        return answer
+
+
 @contextmanager
-def lender(options: Options, size: str, chunk_mib: int, gpu: int = 1) -> Iterator[Path]:
-    """A lender process; yields its socket's folder."""
+def lender(options: Options, size: str, chunk_mib: int, gpu: int = 1) -> Iterator[LenderProcess]:
+    """A lender process, gone when left."""
     folder = Path(tempfile.mkdtemp(prefix="specgen-kv-"))
     backend = "loopback" if options.backend == "loopback" else "cuda"
     command = [sys.executable, "-m", "specgen_engine", "lend", "--specgen-kv-lend", size, "--backend", backend]
@@ -74,7 +90,7 @@ def lender(options: Options, size: str, chunk_mib: int, gpu: int = 1) -> Iterato
         if not ready:
             raise SpecGenError(f"the lender ended: {(options.logs / 'lender.log').read_text()[-400:]}")
         print(f"lender: {json.loads(ready)}", flush=True)
-        yield folder
+        yield LenderProcess(folder, process)
     finally:
         process.stdin.close()
         process.wait(timeout=30)

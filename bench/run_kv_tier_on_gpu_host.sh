@@ -21,7 +21,7 @@ cp "$CARRY"/prebuilt/_kv*.so specgen_engine/ 2>/dev/null || "$PYTHON" -m bench.g
 "$PYTHON" -c 'from specgen_engine.kv.native import _kv; print("_kv", _kv.HAS_CUDA, _kv.device_count())'
 nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
 
-timeout -k 5 120 "$PYTHON" -m pytest tests/tier/test_pool.py -q -m gpu -p no:cacheprovider >"$logs/pool.log" 2>&1 &
+timeout -k 5 120 "$PYTHON" -m pytest tests/tier/test_pool.py tests/tier/test_two_ranks.py -q -p no:cacheprovider >"$logs/pool.log" 2>&1 &
 tests=$!
 timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier_check --json "$OUT/kv_tier_check.json" --model "$CARRY/small" \
     --attention-backend triton --logs "$logs" >"$logs/check.log" 2>&1 &

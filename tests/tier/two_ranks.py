@@ -1,12 +1,15 @@
-"""One tensor-parallel rank, run by test_two_ranks: `python -m tests.tier.two_ranks RANK WORLD FOLDER`.
+"""Tensor-parallel ranks of a radix cache, run by test_two_ranks: `python -m tests.tier.two_ranks WORLD FOLDER`.
 
-Each rank has lenders of its own. What is printed at the end, a JSON line, must be the same on all ranks but for `own`.
+Each rank has a lender of its own. What they leave in FOLDER/rankN.json must be the same but for `own`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +114,45 @@ def play(cache: Any, one: Tier, rank: int, world: int) -> dict[str, Any]:
     return out
 
 
-def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     own = folder / f"rank{rank}"
     own.mkdir(mode=0o700)
     with tier(own, "mha", PAGE, torch.float32, chunks=(13,), chunk_bytes=256 << 10, tokens=1024) as one:
         out = play(radix_cache(one, dist.group.WORLD), one, rank, world)
-        print(json.dumps(out), flush=True)
+        (folder / f"rank{rank}.json").write_text(json.dumps(out))
         dist.barrier()
-    dist.destroy_process_group()
+
+
+def main() -> int:
+    """Import SGLang once, then fork the ranks; when one fails, the others are ended."""
+    world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    import sglang.srt.mem_cache.hiradix_cache  # noqa: F401
+
+    import specgen_engine.tier.cache  # noqa: F401
+
+    ranks = {}
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                run_rank(rank, world, folder)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        ranks[pid] = rank
+    failed = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.pop(pid, None)
+        if status and not failed:
+            failed = 1
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
