@@ -25,7 +25,7 @@ class Checked(Spending):
     """
 
     def __init__(self, worker: Worker, request: dict[str, Any], held: ExitStack) -> None:
-        super().__init__(lambda stage: worker.link.send({"job": self.job, "stage": stage}))
+        super().__init__(lambda stage: worker.link.send({"job": self.job, "stage": stage}), request.get("arrived"))
         self.held, self.turn, self.has_turn = held, ExitStack(), False
         self.import_s = 0.0
         self.worker, self.limits, self.job = worker, worker.limits, str(request["job"])

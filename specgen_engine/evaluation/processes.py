@@ -66,7 +66,7 @@ class Link:
             if message["op"] == "cancel":
                 self.cancelled.add(message["job"])
             else:
-                self.requests.append(message)
+                self.requests.append(message | {"arrived": time.monotonic()})
 
     def send(self, message: dict[str, object]) -> None:
         self.sock.sendall(json.dumps(message).encode() + b"\n")

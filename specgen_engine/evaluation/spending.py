@@ -12,15 +12,17 @@ from .base import Stage
 class Spending:
     """stages: seconds by stage, waiting for the GPU left out. own_s: the candidate's. steps: the harness's.
 
-    announce is told every stage at its start.
+    announce is told every stage at its start. asked: time.monotonic() of the request, when the last one's remains
+    were still being cleared away, perhaps; until now it waited.
     """
 
-    def __init__(self, announce: Callable[[Stage], None]) -> None:
+    def __init__(self, announce: Callable[[Stage], None], asked: float | None = None) -> None:
         self._announce = announce
-        self._started = time.monotonic()
+        now = time.monotonic()
+        self._started = now if asked is None else asked
         self.stages: dict[str, float] = {}
         self.steps: dict[str, float] = {}
-        self.waited_s = self.own_s = 0.0
+        self.waited_s, self.own_s = now - self._started, 0.0
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:

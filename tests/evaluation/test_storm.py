@@ -21,5 +21,6 @@ def test_50_evaluations() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_500_evaluations() -> None:
     _survives(500, 1)
