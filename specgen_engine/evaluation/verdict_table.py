@@ -42,13 +42,14 @@ def table_of(title: str, judged: Sequence[Judged]) -> Table:
     for name in names:
         if name not in left_out:
             table.add_column(name, overflow="fold")
+    short = _short_names([one.path for one in judged])
     for one in judged:
-        cells = dict(zip(names, _cells(one), strict=True))
+        cells = dict(zip(names, _cells(one), strict=True)) | {"candidate": short[one.path]}
         table.add_row(*(cells[name] for name in names if name not in left_out))
     if several:
         for path, speedup in geometric_means(judged).items():
             cells = dict.fromkeys(names, "") | {
-                "candidate": str(path),
+                "candidate": short[path],
                 "workload": "all: geometric mean",
                 "speed-up": f"{speedup:.2f}x" if speedup else "none: not correct on all",
             }
@@ -66,6 +67,13 @@ def _cells(one: Judged) -> list[str]:
         figures += [f"{verdict.roofline:.0%}" if verdict.roofline is not None else ""]
     bound = f"{verdict.profile['bound']} ({verdict.profile['tool']})" if verdict.profile else ""
     return [str(one.path), one.workload, verdict.form, str(verdict.status), *figures, bound, verdict.reason]
+
+
+def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """File names, where no two differ only in their folder."""
+    different = set(paths)
+    unique = len({path.name for path in different}) == len(different)
+    return {path: path.name if unique else str(path) for path in different}
 
 
 def geometric_means(judged: Sequence[Judged]) -> dict[Path, float | None]:

@@ -14,7 +14,7 @@ import torch
 from specgen_engine.evaluation.base import Status
 from specgen_engine.evaluation.candidates.entry import EntryError, parse_entry, value_of
 from specgen_engine.evaluation.candidates.forms import detect_form
-from specgen_engine.evaluation.candidates.plain_cuda import CompileError, compile_plain_cuda
+from specgen_engine.evaluation.candidates.plain_cuda import CompileError, PlainCudaModel, compile_plain_cuda
 from specgen_engine.evaluation.digest import error_digest, is_compile_error
 from specgen_engine.evaluation.static import static_check
 from specgen_engine.evaluation.tasks.load import load_task
@@ -85,6 +85,30 @@ def test_an_entry_and_its_values() -> None:
     assert value_of("in0.numel % 7 + in0.stride[0]", names) == 7
     with pytest.raises(EntryError, match="there is no in1"):
         value_of("in1.numel", names)
+
+
+def test_an_entry_gets_what_it_declares() -> None:
+    """The call as it is made on a GPU, with host memory and a function that looks at its arguments."""
+    given: list[int] = []
+
+    def function(*arguments) -> int:
+        given[:] = [argument.value for argument in arguments]
+        return 0
+
+    text = "// specgen: entry=f(in1, weight.scale, out0, tmp0, in0:float, in1.shape[1] * 2:int64, init0, stream)\n"
+    text += "// specgen: out0=in1.dtype[in1.shape[1], 3]\n// specgen: tmp0=like(in1)\n"
+    model = PlainCudaModel(parse_entry(text), function, [7])
+    scale, x = torch.ones(4), torch.zeros(5, 4, dtype=torch.float16).t()
+    model.take_weights({"scale": scale})
+    for number in (0.5, 2.5):
+        result = model.run([number, x], x.device, 99)
+        assert (result.shape, result.dtype) == ((5, 3), torch.float16)
+        assert given[:3] == [x.data_ptr(), scale.data_ptr(), result.data_ptr()]
+        assert given[4:] == [number, 10, 7, 99]
+    with pytest.raises(EntryError, match="in1 is no tensor here"):
+        model.run([x], x.device, 0)
+    with pytest.raises(RuntimeError, match="f returned CUDA error 700"):
+        PlainCudaModel(parse_entry(ENTRY), lambda *_: 700, []).run([x], x.device, 0)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -13,6 +13,7 @@ buffers, init0 ... the numbers the model is constructed with. Values are integer
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ def _split(text: str) -> list[str]:
     return [*parts, last] if last or parts else []
 
 
+@functools.lru_cache(maxsize=256)  # a call's values are computed within its timed region
 def _parse_expression(text: str, line: int = 0) -> ast.expr:
     where = f"line {line}: " if line else ""
     try:

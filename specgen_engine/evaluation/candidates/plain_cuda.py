@@ -8,12 +8,11 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...kv.toolchain import find_nvcc
-from ..tensors import tensors_of
 from .entry import Buffer, Entry, EntryError, parse_entry, value_of
 
 DEFAULT_ARCH = "sm_90a"
@@ -76,6 +75,18 @@ def _arch_of(device: str) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
+class _Plan(NamedTuple):
+    """What a call with inputs of one layout needs; made once, since a call's host time is part of what is timed.
+
+    buffers: (shape, strides or None, dtype) of outputs, then scratch.  arguments: a ctypes value, or (where, index)
+    with where one of leaf, made, stream.
+    """
+
+    buffers: list[tuple[Sequence[int], Sequence[int] | None, torch.dtype]]
+    arguments: list[Any]
+    outputs: int
+
+
 class PlainCudaModel:
     """ModelNew over an entry. Inputs are passed as they lie in memory: strides are the entry's business."""
 
@@ -83,8 +94,10 @@ class PlainCudaModel:
         self.entry, self.function = entry, function
         self.init = {f"init{index}": value for index, value in enumerate(init)}
         self.weights: dict[str, torch.Tensor] = {}
+        self.plans: dict[Any, _Plan] = {}
 
     def take_weights(self, given: dict[str, torch.Tensor]) -> None:
+        """Raises EntryError naming a weight that the reference lacks."""
         for argument in self.entry.arguments:
             name = argument.text.removeprefix("weight.")
             if argument.text.startswith("weight.") and name not in given:
@@ -92,41 +105,64 @@ class PlainCudaModel:
         self.weights = given
 
     def __call__(self, *inputs: Any) -> Any:
-        leaves = {f"in{index}": value for index, value in enumerate(_leaves(inputs))}
-        tensors = tensors_of(list(inputs))
-        if not tensors or not tensors[0].is_cuda:
+        leaves = _leaves(inputs)
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+        if device is None or device.type != "cuda":
             raise RuntimeError("a plain .cu needs a GPU: evaluate it with --device cuda:N")
-        names = self.init | leaves
-        made = {one.name: _make(one, names) for one in (*self.entry.outputs, *self.entry.scratch)}
-        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
-        code = self.function(*(self._value(argument, names, made, stream) for argument in self.entry.arguments))
+        return self.run(leaves, device, torch.cuda.current_stream(device).cuda_stream)
+
+    def run(self, leaves: list[Any], device: torch.device, stream: int) -> Any:
+        """One call of the entry. Raises EntryError, RuntimeError with the code that it returned."""
+        key = tuple((one.shape, one.stride(), one.dtype) if isinstance(one, torch.Tensor) else one for one in leaves)
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self._plan(leaves)
+        made = [
+            torch.empty(shape, dtype=dtype, device=device)
+            if strides is None
+            else torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype in plan.buffers
+        ]
+        sources = {"leaf": leaves, "made": made}
+        values = [
+            (ctypes.c_void_p(stream) if one[0] == "stream" else ctypes.c_void_p(sources[one[0]][one[1]].data_ptr()))
+            if type(one) is tuple
+            else one
+            for one in plan.arguments
+        ]
+        code = self.function(*values)
         if code:
             raise RuntimeError(f"{self.entry.name} returned CUDA error {code}")
-        outputs = [made[one.name] for one in self.entry.outputs]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return made[0] if plan.outputs == 1 else tuple(made[: plan.outputs])
 
-    def _value(self, argument: Any, names: dict[str, Any], made: dict[str, torch.Tensor], stream: int) -> Any:
-        kind, text = argument
-        if kind != "pointer":
-            return _SCALARS[kind](value_of(text, names))
-        if text == "stream":
-            return ctypes.c_void_p(stream)
-        known = made | {f"weight.{name}": tensor for name, tensor in self.weights.items()} | names
-        tensor = known.get(text)
-        if not isinstance(tensor, torch.Tensor):
-            raise EntryError(f"{text} is no tensor here")
-        return ctypes.c_void_p(tensor.data_ptr())
+    def _plan(self, leaves: list[Any]) -> _Plan:
+        names = self.init | {f"in{index}": value for index, value in enumerate(leaves)}
+        buffers = (*self.entry.outputs, *self.entry.scratch)
+        where = {f"in{index}": ("leaf", index) for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        where |= {one.name: ("made", index) for index, one in enumerate(buffers)}
+        where["stream"] = ("stream", 0)
+        arguments: list[Any] = []
+        for kind, text in self.entry.arguments:
+            if kind != "pointer":
+                arguments.append(_SCALARS[kind](value_of(text, names)))
+            elif text.startswith("weight."):
+                arguments.append(ctypes.c_void_p(self.weights[text.removeprefix("weight.")].data_ptr()))
+            elif text in where:
+                arguments.append(where[text])
+            else:
+                raise EntryError(f"{text} is no tensor here; there are {len(leaves)} inputs")
+        return _Plan([_layout(one, names) for one in buffers], arguments, len(self.entry.outputs))
 
 
-def _make(buffer: Buffer, names: dict[str, Any]) -> torch.Tensor:
+def _layout(buffer: Buffer, names: dict[str, Any]) -> tuple[Sequence[int], Sequence[int] | None, torch.dtype]:
     if buffer.like:
-        return torch.empty_like(names[buffer.like])
-    device = next(value.device for value in names.values() if isinstance(value, torch.Tensor))
-    given = buffer.dtype.partition(".")
-    dtype = names[given[0]].dtype if given[2] == "dtype" else getattr(torch, buffer.dtype, None)
+        like = torch.empty_like(names[buffer.like], device="meta")
+        return tuple(like.shape), like.stride(), like.dtype
+    base, _, attribute = buffer.dtype.partition(".")
+    dtype = names[base].dtype if attribute else getattr(torch, buffer.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise EntryError(f"{buffer.name}: {buffer.dtype!r} is no dtype of torch")
-    return torch.empty([int(value_of(size, names)) for size in buffer.shape], dtype=dtype, device=device)
+    return [int(value_of(size, names)) for size in buffer.shape], None, dtype
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -54,7 +54,7 @@ def load_flashinfer(path: Path) -> LoadedTask:
     if not workloads:
         raise TaskError(f"{path}: no workloads/**/{definition.name}.jsonl in {root}; a definition needs workloads")
     given = definition.model_dump(mode="json")
-    tasks = []
+    tasks: list[Workload] = []
     for workload in workloads:
         missing = [name for name in definition.var_axes if name not in workload["axes"]]
         if missing:
@@ -64,7 +64,9 @@ def load_flashinfer(path: Path) -> LoadedTask:
         module = _MODULE.format(name=definition.name, uuid=workload["uuid"], text=text)
         axes = ", ".join(f"{name}={size}" for name, size in workload["axes"].items())
         task = Task(module, definition.name, tuple(sorted(paths.values())))
-        tasks.append(Workload(axes or workload["uuid"], task, workload))
+        taken = {known.name for known in tasks}
+        label = axes or workload["uuid"]
+        tasks.append(Workload(f"{label} ({workload['uuid']})" if label in taken else label, task, workload))
     return LoadedTask(definition.name, Format.FLASHINFER_TRACE, path, tuple(tasks), given)
 
 
