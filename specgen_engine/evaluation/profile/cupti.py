@@ -64,7 +64,16 @@ def _launch(record: Any, limits: SmLimits) -> Launch:
     except ValueError:
         occupancy = None
     grid = (record.grid_x, record.grid_y, record.grid_z)
-    return Launch(record.name, record.start, record.end, grid, block, record.registers_per_thread, shared, occupancy)
+    return Launch(
+        torch._C._demangle(record.name),
+        record.start,
+        record.end,
+        grid,
+        block,
+        record.registers_per_thread,
+        shared,
+        occupancy,
+    )
 
 
 def _limits(device: str) -> SmLimits:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 LOG_BYTES = 16 << 20
 PRINTED = "printed"
+_level_of: dict[Tool, str] = {}
+"""The level that a tool gave figures in, in this worker."""
 
 
 class Outside:
@@ -45,7 +47,9 @@ class Outside:
         wanted = self.worker.limits.sandbox
         if wanted == "require":
             raise ProfileError(f"{self.tool}: sandbox=require; a profiler injects code, which that level refuses")
-        return sandbox.PROCESS if wanted == "off" else sandbox.files_level(self.worker.device)
+        if wanted == "off":
+            return sandbox.PROCESS
+        return _level_of.get(self.tool) or sandbox.files_level(self.worker.device)
 
     def __enter__(self) -> Outside:
         self.folder = Path(tempfile.mkdtemp(prefix="profile-", dir=self.worker.root))
@@ -85,11 +89,11 @@ class Outside:
         (self.folder / "python" / "specgen_engine").symlink_to(_package())
         self.driver = [sys.executable, "-m", driver.__name__, str(plan_file)]
 
-    def run(self, line: Callable[[Path], Sequence[str]], good: Callable[[str], bool]) -> str:
+    def run(self, line: Callable[[Path], Sequence[str]], good: Callable[[str], bool], remember: bool = True) -> str:
         """The tool's log file, else what it printed. Raises ProfileError when it can't start or takes too long.
 
-        line: the command, given the log file's path.  good: the log says something; a confined run that gives nothing,
-        though the candidate did not fail in it, is tried once without.
+        line: the command, given the log file's path.  good: the log says something; a confined run that gives nothing
+        is tried once without, and the level that gave figures is remembered.
         """
         log = self.folder / "log"
         while True:
@@ -97,7 +101,11 @@ class Outside:
                 stale.unlink(missing_ok=True)
             self._run_once([str(part) for part in line(log)])
             text = _head(log) or _head(self.folder / PRINTED)
-            if good(text) or self.complaint() or self.level == sandbox.PROCESS:
+            if good(text):
+                if remember:
+                    _level_of[self.tool] = self.level
+                return text
+            if self.level == sandbox.PROCESS:
                 return text
             self.level = sandbox.PROCESS
 

@@ -137,7 +137,7 @@ class Profiling:
     def _by_ncu(self) -> Profile:
         program = ncu.find_ncu()
         with Outside(self.worker, self.subject, self._left, Tool.NCU, program) as outside:
-            listed = outside.run(lambda _: ncu.query_command(program), good=bool)
+            listed = outside.run(lambda _: ncu.query_command(program), bool, remember=False)
             tensor = ncu.tensor_metrics(listed)
             readings = self._readings(outside, program, ncu.light_request(tensor))
             light = ncu.light_of(readings)

@@ -95,5 +95,5 @@ def _launch(event: Mapping[str, Any]) -> Launch:
         (block[0], block[1], block[2]) if block else None,
         said.get("registers per thread"),
         said.get("shared memory"),
-        None if occupancy is None else occupancy / 100,
+        occupancy / 100 if occupancy else None,  # 0 where Kineto does not know the block's shared memory to fit
     )
