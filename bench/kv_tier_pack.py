@@ -3,7 +3,8 @@
     python -m bench.kv_tier_pack OUT [--prebuilt _kv.cpython-312-x86_64-linux-gnu.so]
 
 OUT/qwen3-8b and OUT/small: configurations and a tokenizer, for random weights; OUT/site: the package's entry points, so
-that SGLang finds the plugin in an unpacked tree; OUT/COMMIT.
+that SGLang finds the plugin in an unpacked tree; OUT/cutlass_util: headers that FlashInfer compiles its kernels with;
+OUT/COMMIT.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,12 @@ def main() -> int:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: specgen-engine\nVersion: {__version__}\n")
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nspecgen = specgen_engine.plugin:load\n")
+    flashinfer = find_spec("flashinfer")
+    if flashinfer is None or not flashinfer.submodule_search_locations:
+        print("error: FlashInfer isn't installed: install sglang, which brings it", file=sys.stderr)
+        return 1
+    headers = Path(flashinfer.submodule_search_locations[0]) / "data" / "cutlass" / "tools" / "util" / "include"
+    shutil.copytree(headers, args.out / "cutlass_util", dirs_exist_ok=True)
     if args.prebuilt is not None:
         (args.out / "prebuilt").mkdir(exist_ok=True)
         shutil.copyfile(args.prebuilt, args.out / "prebuilt" / args.prebuilt.name)

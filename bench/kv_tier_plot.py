@@ -25,7 +25,9 @@ def plot(report: dict[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    loaded = [row for row in report["rows"] if row["load"] != "alone"]
+    figure, panels = plt.subplots(1, 2 if loaded else 1, figsize=(12 if loaded else 7, 4.5), squeeze=False)
+    left = panels[0][0]
     alone = [row for row in report["rows"] if row["load"] == "alone"]
     for level, colour in COLOURS.items():
         for server, style in (("host", "--"), ("peer", "-"), ("loopback", "-")):
@@ -39,15 +41,20 @@ def plot(report: dict[str, Any], target: Path) -> None:
     left.set_yscale("log")
     left.set_xlabel("prefix, tokens")
     left.set_ylabel("time to first token, ms")
-    left.legend(fontsize=7)
-    loaded = [row for row in report["rows"] if row["load"] != "alone"]
-    names = [f"{row['level']}\\n{row['load']}\\n({row['server']})" for row in loaded]
-    right.bar(range(len(loaded)), [row["ttft_ms"] for row in loaded], color=[COLOURS[row["level"]] for row in loaded])
-    right.set_xticks(range(len(loaded)), names, fontsize=6)
-    right.set_ylabel("median time to first token, ms")
+    if alone:
+        left.legend(fontsize=7)
+    if loaded:
+        draw_loads(panels[0][1], loaded)
     machine = report["machine"]
     figure.suptitle(
         f"{machine['gpus']} x {machine['gpu']}, {report['attention_backend']}, {report['commit']}", fontsize=8
     )
     figure.tight_layout()
     figure.savefig(target, dpi=120)
+
+
+def draw_loads(panel: Any, rows: list[dict[str, Any]]) -> None:
+    names = [f"{row['level']}\n{row['load']}\n({row['server']})" for row in rows]
+    panel.bar(range(len(rows)), [row["ttft_ms"] for row in rows], color=[COLOURS[row["level"]] for row in rows])
+    panel.set_xticks(range(len(rows)), names, fontsize=6)
+    panel.set_ylabel("median time to first token, ms")

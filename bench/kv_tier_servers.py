@@ -13,12 +13,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from bench.kv_tier_client import Client
 from specgen_engine.errors import SpecGenError
 from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import running_server
 
-HOST_GB = 20
 CHUNK_MIB = 64
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
@@ -106,13 +107,19 @@ def _start(stack: ExitStack, options: Options, level: str, gpu: int, pool: int, 
     else:
         words += ["--enable-specgen", "--model-path", str(options.model), *GPU_ARGUMENTS]
         words += ["--attention-backend", options.attention_backend, "--base-gpu-id", str(gpu)]
-        words += ["--hicache-size", str(HOST_GB)] if level == "host" else []
+        words += ["--hicache-size", str(host_gb())] if level == "host" else []
         per_token = kv_bytes_per_token(options.model)
     server = stack.enter_context(
         running_server(words, options.logs / f"server_{level}.log", environment, timeout_s=280)
     )
     print(f"{level}: up in {server.startup_s:.0f} s", flush=True)
     return Client(server.url, per_token)
+
+
+def host_gb() -> int:
+    """HiCache's host pool: SGLang keeps 10 GiB free, and some hosts report little memory until it is touched. All the
+    prefixes of a full run need 20.1."""
+    return min(40, int(psutil.virtual_memory().available / 1e9) - 12)
 
 
 def kv_bytes_per_token(model: Path | None) -> int:

@@ -11,25 +11,29 @@ CARRY=${CARRY:-build/carry_tier}
 SITE=${SITE:-site}
 BENCH_S=${BENCH_S:-270}
 LAST_S=${LAST_S:-50}
+STEPS=${STEPS:-tests check flashinfer bench}  # all servers of all steps start at once: with bench alone it has the host to itself
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 logs=$(mktemp -d)
 export PYTHONPATH=".:$CARRY/site:$SITE" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 export FLASHINFER_WORKSPACE_BASE=$logs/flashinfer TRITON_CACHE_DIR=$logs/triton SPECGEN_COMMIT=$(cat "$CARRY/COMMIT")
+mkdir -p "$SITE/flashinfer/data/cutlass/tools/util/include" # what a slim bundle of FlashInfer leaves out
+cp -r "$CARRY"/cutlass_util/. "$SITE/flashinfer/data/cutlass/tools/util/include/"
 for model in qwen3-8b small; do cp "$CARRY/tokenizer.json" "$CARRY/$model/"; done
 cp "$CARRY"/prebuilt/_kv*.so specgen_engine/ 2>/dev/null || "$PYTHON" -m bench.gpu_build --jobs 16 >"$logs/build.log" 2>&1
 "$PYTHON" -c 'from specgen_engine.kv.native import _kv; print("_kv", _kv.HAS_CUDA, _kv.device_count())'
 nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
 
-timeout -k 5 120 "$PYTHON" -m pytest tests/tier/test_pool.py tests/tier/test_two_ranks.py -q -p no:cacheprovider >"$logs/pool.log" 2>&1 &
+on() { case " $STEPS " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+on tests && timeout -k 5 120 "$PYTHON" -m pytest tests/tier/test_pool.py tests/tier/test_two_ranks.py -q -p no:cacheprovider >"$logs/pool.log" 2>&1 &
 tests=$!
-timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier_check --json "$OUT/kv_tier_check.json" --model "$CARRY/small" \
+on check && timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier_check --json "$OUT/kv_tier_check.json" --model "$CARRY/small" \
     --attention-backend triton --logs "$logs" >"$logs/check.log" 2>&1 &
 check=$!
-timeout -k 5 $((BENCH_S + LAST_S)) "$PYTHON" -m bench.kv_tier_check --json "$OUT/kv_tier_flashinfer.json" \
+on flashinfer && timeout -k 5 $((BENCH_S + LAST_S)) "$PYTHON" -m bench.kv_tier_check --json "$OUT/kv_tier_flashinfer.json" \
     --model "$CARRY/small" --attention-backend flashinfer --logs "$logs" --wait-for "$logs/measured" >"$logs/flashinfer.log" 2>&1 &
 last=$!
-timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier --json "$OUT/kv_tier.json" --plot "$OUT/kv_tier.png" --model "$CARRY/qwen3-8b" \
+on bench && timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier --json "$OUT/kv_tier.json" --plot "$OUT/kv_tier.png" --model "$CARRY/qwen3-8b" \
     --budget-s $((BENCH_S - 35)) --logs "$logs" --wait-for-pids $tests $check >"$logs/bench.log" 2>&1
 echo "bench status $?, $SECONDS s"
 touch "$logs/measured"

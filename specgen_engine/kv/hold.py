@@ -56,7 +56,7 @@ def hold(
         StalePages: pages that were revoked; nothing is held.
         QuietLease: the lender is timing; with quiet="wait", only after `wait_s`.
     """
-    slots = frozenset(np.unique(refs.pages // arena.layout.pages_per_chunk).tolist())
+    slots = frozenset(_slots_of(arena, refs).tolist())
     with arena._changed:
         arena._await_quiet(slots, quiet, wait_s)
         stale = arena._ledger.begin_copy(refs.pages, refs.generations)
@@ -67,13 +67,18 @@ def hold(
         return held
 
 
+def _slots_of(arena: PageArena, refs: PageRefs) -> NDArray[np.int64]:
+    """The chunks' slots, ascending; without sorting the pages, which may be tens of thousands while a request waits."""
+    return np.flatnonzero(np.bincount(refs.pages // arena.layout.pages_per_chunk))
+
+
 def current(arena: PageArena, refs: PageRefs) -> NDArray[np.bool_]:
     """Which pages still have the generation they were given out with."""
     per_chunk = arena.layout.pages_per_chunk
     with arena._changed:
         slots = refs.pages // per_chunk
         mapped = np.zeros(arena.slots, np.bool_)
-        for slot in np.unique(slots).tolist():
+        for slot in _slots_of(arena, refs).tolist():
             mapped[slot] = arena._ledger.is_mapped(slot) and slot not in arena._revoking
         answer: NDArray[np.bool_] = mapped[slots]
         answer[answer] = arena._ledger.generations(refs.pages[answer]) == refs.generations[answer]
@@ -89,7 +94,7 @@ def page_address(arena: PageArena, page: int) -> int:
 def tags(arena: PageArena, refs: PageRefs) -> NDArray[np.uint64]:
     """The generations that stand in memory beside the pages, which the caller holds. Waits for them: some 20 us."""
     per_chunk = arena.layout.pages_per_chunk
-    slots = np.unique(refs.pages // per_chunk)
+    slots = _slots_of(arena, refs)
     table = np.zeros((len(slots), per_chunk), np.uint64)
     sources = [int(arena.space.base + slot * arena.chunk_bytes + arena.layout.tag_offset) for slot in slots]
     if isinstance(arena.copier, _kv.LoopbackCopier):
@@ -97,7 +102,10 @@ def tags(arena: PageArena, refs: PageRefs) -> NDArray[np.uint64]:
             ctypes.memmove(row.ctypes.data, source, row.nbytes)
     else:
         _read_device(arena, table, sources)
-    return table[np.searchsorted(slots, refs.pages // per_chunk), refs.pages % per_chunk]
+    row_of = np.zeros(arena.slots, np.int64)
+    row_of[slots] = np.arange(len(slots))
+    slot, within = np.divmod(refs.pages, per_chunk)
+    return table[row_of[slot], within]
 
 
 def _read_device(arena: PageArena, table: NDArray[np.uint64], sources: list[int]) -> None:

@@ -36,6 +36,9 @@ class PageMover(Protocol):
 
     def import_layer(self, layer: int) -> None: ...
 
+    def settle(self) -> None:
+        """Look at imports that have ended since."""
+
     def read_page(self, ref: PageRefs) -> torch.Tensor:
         """(page_bytes,) uint8 in host memory. Raises StalePages, QuietLease."""
 
@@ -80,6 +83,9 @@ class LoopbackMover:
 
     def import_layer(self, layer: int) -> None:
         """All layers came at once."""
+
+    def settle(self) -> None:
+        """Nothing is ever left to look at."""
 
     def read_page(self, ref: PageRefs) -> torch.Tensor:
         data = torch.empty(self._shape.page_bytes, dtype=torch.uint8)
@@ -164,7 +170,7 @@ class CudaMover:
 
     def begin_import(self, device_indices: torch.Tensor, held: list[Hold]) -> None:
         refs = refs_of(held)
-        self._settle()
+        self.settle()
         start = torch.cuda.Event(enable_timing=True)
         start.record(torch.cuda.current_stream(self._device))
         flags = torch.zeros((len(self._layers), len(refs)), dtype=torch.int32, device=self._device)
@@ -202,7 +208,7 @@ class CudaMover:
         self._import = None
         self._stats.add("restored_bytes", transfer.pages * self._shape.page_bytes)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """What the flags of imports said that have ended since."""
         while self._ended and self._ended[0].read.query():
             ended = self._ended.pop(0)

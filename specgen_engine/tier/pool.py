@@ -175,15 +175,12 @@ class ArenaPool(HostKVCache):
         count = len(pages)
         while count:
             refs = self._refs(pages[:count])
-            stale = np.flatnonzero(~current(self.arena, refs))
-            if len(stale):
-                count = int(stale[0])
-                continue
             try:
                 held = hold(self.arena, refs, _kv.Direction.IMPORT)
             except QuietLease:
                 return Restore(0, None, True)
-            except StalePages:
+            except StalePages as error:
+                count = int(error.positions[0])
                 continue
             wrong = np.flatnonzero(tags(self.arena, refs) != refs.generations)
             if len(wrong) == 0:
@@ -205,6 +202,7 @@ class ArenaPool(HostKVCache):
     @synchronized
     def lost_pages(self) -> NDArray[np.int64]:
         """Used logical pages that this rank can't read any more."""
+        self.mover.settle()
         self._retry_releases()
         if self.arena.revocations == self._revocations_seen and not self._suspect:
             return np.empty(0, np.int64)

@@ -95,7 +95,7 @@ def play(cache: Any, one: Tier, rank: int, world: int) -> dict[str, Any]:
     cache.check_hicache_events()
     out["after_loss"] = tree(cache)
     if rank == 0:  # lost between a step and a restore: all ranks restore the same, shorter prefix
-        revoke(one, 2)
+        revoke(one, 5)
     out["restored"] = [restore(cache, one, prefix) for prefix in range(PREFIXES)]
     out["after_restores"] = tree(cache)
     if rank == last:  # lost while the GPU holds it too: written again as far as there is room
