@@ -21,7 +21,12 @@ from specgen_engine.serving.process import Server, running_server
 
 BUNDLED = Path(__file__).parents[2] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"
 TASK = load_traces([BUNDLED])[0].task_source
-STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "HF_HUB_OFFLINE": "1"}
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "HF_HUB_OFFLINE": "1",
+    # With two ranks SGLang compiles the embedding's mask in each, a minute of a busy core; no candidate here compiles.
+    "TORCH_COMPILE_DISABLE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Client:
         body: dict[str, Any] = {"temperature": 0, "max_tokens": 64, **options}
         if specgen is not None:
             value = specgen if isinstance(specgen, bool) else json.dumps(specgen)
-            body["extra_body"] = {"custom_params": {"specgen": value}}
+            body["extra_body"] = {**body.get("extra_body", {}), "custom_params": {"specgen": value}}
         return self.openai.chat.completions.create(model="m", messages=[{"role": "user", "content": prompt}], **body)
 
 
