@@ -36,14 +36,17 @@ def test_checks_side_by_side_timing_alone() -> None:
 
 
 def test_who_waits_to_time_goes_before_newcomers() -> None:
-    waiting, other, newcomer = (GpuTurn(DEVICE, _impatient) for _ in range(3))
-    waiting.share()
-    other.share()
+    first, second, newcomer = (GpuTurn(DEVICE, _impatient) for _ in range(3))
+    first.share()
+    second.share()
     with pytest.raises(Waits):
-        waiting.alone()
+        first.alone()
+    with pytest.raises(Waits):
+        second.alone()
+    first.alone()
     with pytest.raises(Waits):
         newcomer.share()
-    other.close()
-    waiting.alone()
-    waiting.close()
-    GpuTurn(DEVICE, _impatient).share()
+    first.close()
+    second.alone()  # the newcomer holds nothing that it needs
+    second.close()
+    newcomer.share()
