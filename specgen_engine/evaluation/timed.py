@@ -17,7 +17,7 @@ from .clock import supervisor_clock
 from .gpustate import conditions
 from .guards import Guard
 from .timing import Speedup, skips_repeats, speedup, works_on
-from .worker import Ended, Worker
+from .worker import Ended, JudgeLost, Worker
 
 CLOCK_SETTLES_S = 0.0003
 EXTRA_S = 5.0
@@ -188,7 +188,9 @@ def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> l
         or not all(type(value) is int and value > 0 for value in times)
         or sum(times) > spent_ns * 1.05 + UNSEEN_SLACK_NS
     ):
-        raise Ended(Status.REJECTED, f"forged message: the times of the {child.kind} are impossible")
+        if child.kind == "judge":  # killed after its answer: its CPU clock is gone, which is no fault of the candidate's
+            raise JudgeLost(Status.RUNTIME_ERROR, "the task's reference failed: its times are impossible")
+        raise Ended(Status.REJECTED, "forged message: the times of the candidate are impossible")
     return times
 
 
