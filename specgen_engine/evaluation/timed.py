@@ -188,7 +188,7 @@ def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> l
         or not all(type(value) is int and value > 0 for value in times)
         or sum(times) > spent_ns * 1.05 + UNSEEN_SLACK_NS
     ):
-        if child.kind == "judge":  # killed after its answer: its CPU clock is gone, which is no fault of the candidate's
+        if child.kind == "judge":  # killed after its answer, its CPU clock is gone: no fault of the candidate's
             raise JudgeLost(Status.RUNTIME_ERROR, "the task's reference failed: its times are impossible")
         raise Ended(Status.REJECTED, "forged message: the times of the candidate are impossible")
     return times
