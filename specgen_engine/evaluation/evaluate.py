@@ -11,6 +11,7 @@ from .base import Stage, Status, Task
 from .buildcache import BuildFolder
 from .candidates.forms import detect_form
 from .gpulock import gpu_turn
+from .guards import Guard
 from .profile.base import AUTO
 from .profile.floor import share_of_roofline
 from .profile.stage import Subjected, profile_candidate
@@ -54,7 +55,8 @@ class Evaluation(Timed):
             result = self._time()
             self._check_hidden()
             with self.step("roofline"):
-                self.roofline = share_of_roofline(worker, self.judge, self.checks, result.candidate_ms)
+                enforced = Guard.FLOOR not in self.off
+                self.roofline = share_of_roofline(worker, self.judge, self.checks, result.candidate_ms, enforced)
         if self.profile_by:
             with self.stage(Stage.PROFILE):
                 worker.stage = "profile"

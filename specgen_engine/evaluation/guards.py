@@ -27,6 +27,7 @@ class Guard(StrEnum):
     IDLE = "idle"  # waiting while others work
     STREAMS = "streams"  # GPU work outside the timed stream
     L2 = "l2"  # data kept in the L2 cache between timed calls
+    FLOOR = "floor"  # times that the device could not have moved the bytes in
     PATCHES = "patches"  # functions of torch, time or the harness replaced
 
 
