@@ -39,7 +39,7 @@ def test_the_reference_runs_in_the_same_cage_as_candidates_and_none_in_the_serve
     assert "specgen.task" in str(error.value)
     level = str(live.get("/specgen/searches").json()["pool"]["sandbox"])
     check(live, str(error.value), level)
-    record = live.search(termination="none", trigger="every:500")
+    record = live.search()
     hostile = [one for one in record["candidates"] if "reaches=" in one["reason"]]
     assert [one["status"] for one in hostile] == ["compile_error"]
     assert hostile[0]["sandbox"] == level
