@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -48,7 +48,15 @@ def evolve(server: Server, folder: Path) -> Path:
     program.write_text(trace.task_source)
     evaluator.write_text(EVALUATOR)
     config.write_text(CONFIG.format(url=server.url))
-    command = [shutil.which("openevolve-run"), program, evaluator, "--config", config, "--output", folder / "out"]
+    command = [
+        Path(sys.executable).with_name("openevolve-run"),
+        program,
+        evaluator,
+        "--config",
+        config,
+        "--output",
+        folder / "out",
+    ]
     done = subprocess.run(
         [*map(str, command), "--iterations", "1"], capture_output=True, text=True, timeout=1500, cwd=folder,
         env={**os.environ, "OPENAI_API_KEY": "none"},
