@@ -22,6 +22,8 @@ from specgen_engine.kv.loopback import LoopbackBackend
 from tests.engine.conftest import TASK, Client, StartServer
 from tests.engine.test_fork_kv import tokens_of
 
+pytestmark = pytest.mark.timeout(900)
+
 POOL = 1024
 CHUNK = 1 << 20
 PROMPTS, LENGTH, TOKENS = 5, 330, 10
@@ -141,7 +143,6 @@ def test_outputs_stay_the_same_while_lenders_take_memory_back_and_die(
 ) -> None:
     thread = lenders.make_trouble()
     try:
-        assert answers(tier) == expected
         assert answers(tier) == expected
     finally:
         lenders.calm(thread)

@@ -13,6 +13,8 @@ import pytest
 
 from tests.tier.two_ranks import LENGTH, PAGE, PREFIXES
 
+pytestmark = pytest.mark.timeout(600)
+
 ROOT = Path(__file__).parents[2]
 
 
