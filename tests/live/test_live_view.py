@@ -106,5 +106,5 @@ def test_the_bundled_replay_on_the_page(template: Template, browser: WebDriver, 
         until(lambda: numbers(browser, "#end", "data-by") == {record["ended_by"]}, 20, "the end is not drawn")
         time.sleep(1)
         browser.save_screenshot(os.environ.get("SPECGEN_SCREENSHOT", str(tmp_path / "live_view.png")))
+        no_errors(browser)
     assert record["ended_by"] == "criterion"
-    no_errors(browser)
