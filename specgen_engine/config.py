@@ -78,8 +78,8 @@ class EvaluationConfig(Section):
     workers: int = Field(default=1, ge=1, description="candidates evaluated at once")
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*)$",
-        description="auto, cpu, cuda:N, or several GPUs as cuda:1,cuda:2",
+        pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*|ray:[^:\s]+:\d+)$",
+        description="auto, cpu, cuda:N, several GPUs as cuda:1,cuda:2, or a shared pool as ray:HOST:PORT",
     )
     compile_s: float = Field(default=180, gt=0, description="seconds a candidate may take to compile")
     check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")

@@ -48,7 +48,9 @@ class Competition:
             record = CandidateRecord(candidate.hash, origin, self.now(), recorded_answer=recorded, at_token=at_token)
             self.candidates[record.hash] = self._by_meaning[meaning] = record
             self.record.candidates.append(record)
-            job = self.pool.submit(self.task, candidate, search=self.record.id, priority=PRIORITY[origin])
+            job = self.pool.submit(
+                self.task, candidate, search=self.record.id, priority=PRIORITY[origin], fork=fork or 0
+            )
             self.jobs[record.hash] = job
         if fork is not None:
             record.forks.append(fork)

@@ -39,10 +39,22 @@ def attach(_result: None, manager: Any) -> None:
     from sglang.srt.entrypoints.http_server import app
 
     register_messages()
+    require_pool(manager.server_args.__dict__["specgen"])
     controller = manager.specgen = Controller(manager, manager.server_args.__dict__["specgen"], make_pool)
     handlers: dict[type, Any] = {TriggerFired: controller.on_trigger, ForkPointDone: controller.on_point}
     manager._result_dispatcher._mapping.update(handlers)
     add_routes(app, controller)
+
+
+RAY = "ray:"
+
+
+def require_pool(settings: SpecGenConfig) -> None:
+    """A shared pool must answer before the server is up. Raises PoolError naming the flag."""
+    if settings.evaluation.device.startswith(RAY):
+        from specgen_engine.pools.ray_pool import require_answer
+
+        require_answer(settings.evaluation.device.removeprefix(RAY), "--specgen-evaluation-device")
 
 
 def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
@@ -50,6 +62,10 @@ def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
     from specgen_engine.pools.local import LocalPool
 
     wanted = settings.evaluation
+    if wanted.device.startswith(RAY):
+        from specgen_engine.pools.ray_pool import RayPool
+
+        return RayPool(wanted.device.removeprefix(RAY))
     limits = EvaluationLimits(
         compile_s=wanted.compile_s,
         check_s=wanted.check_s,

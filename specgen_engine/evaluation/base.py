@@ -147,9 +147,19 @@ class Pool(Protocol):
         ...
 
     def submit(
-        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0.0, deadline: float | None = None
+        self,
+        task: Task,
+        candidate: Candidate,
+        *,
+        search: str,
+        priority: float = 0.0,
+        deadline: float | None = None,
+        fork: int = 0,
     ) -> Job:
-        """Queue one evaluation. deadline is a time.monotonic() value; raises ValueError when it has passed."""
+        """Queue one evaluation. deadline is a time.monotonic() value; raises ValueError when it has passed.
+
+        fork: the fork's number in its search; the newest goes first.
+        """
         ...
 
     def cancel_search(self, search: str) -> int:

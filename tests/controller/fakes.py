@@ -92,7 +92,8 @@ def output(text: str, finish: dict[str, Any] | None = None) -> Output:
 
 
 class FakeJob:
-    def __init__(self, search: str, candidate: Candidate) -> None:
+    def __init__(self, search: str, candidate: Candidate, fork: int = 0) -> None:
+        self.fork = fork
         self.id, self.search, self.candidate = candidate.hash, search, candidate
         self.result: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
 
@@ -123,10 +124,10 @@ class FakePool:
         return self.problem
 
     def submit(
-        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0, deadline: Any = None
+        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0, deadline: Any = None, fork: int = 0
     ) -> FakeJob:
         assert candidate.hash not in self.jobs, "a candidate was submitted twice"
-        job = self.jobs[candidate.hash] = FakeJob(search, candidate)
+        job = self.jobs[candidate.hash] = FakeJob(search, candidate, fork)
         return job
 
     def snapshot(self) -> dict[str, object]:

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from specgen_engine.config import EvaluationConfig, SpecGenConfig
 from specgen_engine.controller.adaptive import Family
 from specgen_engine.controller.competition import decide_again
+from specgen_engine.controller.hooks import require_pool
 from specgen_engine.controller.learning import Learner, View
 from specgen_engine.controller.triggers import ADAPTIVE_POINTS, fire_points, parse_trigger
 from specgen_engine.errors import ConfigError
 from specgen_engine.evaluation.base import Candidate, Status
+from specgen_engine.pools.ray_head import PoolError
+from specgen_engine.serving.process import free_port
 from tests.controller.fakes import PROMPT, Rig, module, output, source
 
 Body = Callable[[], Awaitable[None]]
@@ -211,3 +215,28 @@ def test_adaptive_fires_at_its_points() -> None:
         [at for at, _ in fired] == [at for at, _ in fire_points(parse_trigger(ADAPTIVE_POINTS), pieces)] == [101, 400]
     )
     assert {spec for _, spec in fired} == {"adaptive"}
+
+
+def test_a_shared_pool_that_does_not_answer_refuses_the_start() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    settings = SpecGenConfig(evaluation=EvaluationConfig(device=f"ray:{address}"))
+    with pytest.raises(PoolError, match=f"--specgen-evaluation-device {address}: nothing answers there"):
+        require_pool(settings)
+    require_pool(SpecGenConfig())
+
+
+def test_the_pool_is_told_which_fork_is_the_newest() -> None:
+    async def body() -> None:
+        rig = Rig()
+        rig.engine.say("reasoning on and on")
+        rig.trigger(10)
+        rig.trigger(15)
+        await rig.settle()
+        rig.fork(2, module("two"))
+        await rig.settle()
+        rig.fork(1, module("one"))
+        await rig.settle()
+        assert [job.fork for job in rig.pool.jobs.values()] == [2, 1]
+        rig.client.cancel()
+
+    run(body)
