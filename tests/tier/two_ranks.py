@@ -96,7 +96,8 @@ def play(cache: Any, one: Tier, rank: int, world: int) -> dict[str, Any]:
     out["after_loss"] = tree(cache)
     if rank == 0:  # lost between a step and a restore: all ranks restore the same, shorter prefix
         revoke(one, 5)
-    out["restored"] = [restore(cache, one, prefix) for prefix in range(PREFIXES)]
+    # The newest first: lenders take back what they lent last, and the step after the first restore would drop it.
+    out["restored"] = [restore(cache, one, prefix) for prefix in reversed(range(PREFIXES))]
     out["after_restores"] = tree(cache)
     if rank == last:  # lost while the GPU holds it too: written again as far as there is room
         revoke(one, 1)
