@@ -43,12 +43,14 @@ class Scripted:
 
     url: str = ""
     reasons: bool = True
+    parsed: bool = True
     fail_at: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def chunks(self) -> list[dict[str, Any]]:
         number = len(self.asked)
-        deltas = [{"reasoning_content": "hm"}] if self.reasons else []
+        thinking = {"reasoning_content": "hm"} if self.parsed else {"content": "<think>\n```cpp\nint x;\n</think>"}
+        deltas = [thinking] if self.reasons else []
         deltas.append({"content": ANSWER.format(n=1 if number > 1 else 2)})
         rows = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
         rows.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 11, "total_tokens": 18}})
@@ -142,6 +144,13 @@ def test_a_token_budget_ends_two_searches(endpoint: Scripted, task: Path) -> Non
     assert "33 tokens are used" in report["ended_by"]
     assert len(report["attempts"]) in (3, 4)
     assert {one["search"] for one in report["attempts"]} == {1, 2}
+
+
+def test_thinking_left_in_the_text_with_an_open_fence_is_taken_off(endpoint: Scripted, task: Path) -> None:
+    endpoint.parsed = False
+    report = run(task, endpoint.url, iterations=1)
+    assert report["attempts"][0]["source"].startswith("import torch")
+    assert "int x" not in report["attempts"][0]["generation"]["answer"]
 
 
 def test_an_endpoint_that_does_not_reason_is_an_error(endpoint: Scripted, task: Path) -> None:

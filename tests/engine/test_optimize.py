@@ -19,7 +19,7 @@ from specgen_engine.evaluation.base import Task
 from tests.engine.conftest import BUNDLED, TASK, Client, StartServer
 
 ITERATIONS = 3
-LONGEST_S = 240
+LONGEST_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,20 @@ def finish(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
-def outcome(report: dict[str, Any]) -> list[tuple[int, int, str, str, str]]:
+def outcome(report: dict[str, Any]) -> list[tuple[Any, ...]]:
     """What does not depend on the clock: who was asked, what was answered, what it was worth."""
     return [
-        (one["search"], one["iteration"], one["judgement"]["hash"], one["judgement"]["status"], one["source"])
+        (
+            one["search"],
+            one["iteration"],
+            one["source"],
+            *((one["judgement"] or {}).get(key) for key in ("hash", "status")),
+        )
         for one in report["attempts"]
     ]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_killed_at_three_random_points_it_ends_as_unbroken(replaying: Client, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     unbroken = finish(start(replaying, whole), whole)
