@@ -34,7 +34,13 @@ def replaying(start_server: StartServer) -> Iterator[Client]:
 def start(client: Client, out: Path, *arguments: str) -> subprocess.Popen[str]:
     words = ["optimize", str(BUNDLED / "task.py"), "--base-url", f"{client.server.url}/v1", "--out", str(out)]
     words += ["--iterations", str(ITERATIONS), *arguments]
-    return subprocess.Popen([sys.executable, "-m", "specgen_engine", *words], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "specgen_engine", *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+
+
+def interruptible() -> None:
+    """A test run in the background of a shell has SIGINT ignored, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
