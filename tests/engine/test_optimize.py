@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_report_and_history_and_goes_on(replaying: Client, tmp_pat
 @pytest.mark.timeout(600)
 def test_the_same_server_without_the_flag_is_a_plain_endpoint(start_server: StartServer, tmp_path: Path) -> None:
     """Random weights never close their thinking: the run ends without a kernel, and says so."""
-    with start_server("--tiny", specgen=False) as client:
+    with start_server("--tiny", "--reasoning-parser", "deepseek-r1", specgen=False) as client:
         report = finish(start(client, tmp_path, "--max-tokens", "64"), tmp_path)
     assert not report["settings"]["speculative"]
     assert [one["source"] for one in report["attempts"]] == [None] * ITERATIONS
