@@ -24,9 +24,9 @@ from specgen_engine.controller.termination import parse_termination
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.evaluation.base import Task
 from specgen_engine.evaluation.command import require_device, require_profiler
+from specgen_engine.evaluation.tasks.base import read_text
 from specgen_engine.observability.machine import new_report, write_report
 
-TASK_BYTES = 1 << 20
 INTERRUPTED = 130
 
 
@@ -65,7 +65,7 @@ def task_name(path: Path) -> str:
 
 def optimize(options: Options) -> None:
     """Run or resume. Exit code 130 after Ctrl-C: best kernel, report and history are kept; the same command goes on."""
-    task = Task(_read(options.task), name=task_name(options.task))
+    task = Task(read_text(options.task), name=task_name(options.task))
     require_device(options.device)
     require_profiler(options.profile)
     folder = options.folder()
@@ -81,15 +81,6 @@ def optimize(options: Options) -> None:
         )
         raise SystemExit(INTERRUPTED) from None
     console.print(f"{ended_by}. Best kernel, report, history: {folder}", highlight=False, soft_wrap=True)
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > TASK_BYTES:
-            raise AgentError(f"{path}: above {TASK_BYTES} bytes; give the task's module")
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AgentError(f"{path}: cannot be read ({error.__class__.__name__}); give the task's module") from None
 
 
 async def _run(options: Options, task: Task, folder: Path, console: Console) -> str:

@@ -165,6 +165,12 @@ def test_an_unreachable_endpoint_is_an_error_and_leaves_nothing(task: Path) -> N
     assert list((task.parent / "out").iterdir()) == []
 
 
+def test_a_task_that_is_not_there_is_one_line(task: Path) -> None:
+    result = CliRunner().invoke(app, ["optimize", str(task.with_name("absent.py")), "--out", str(task.parent / "out")])
+    assert "absent.py: No such file" in str(result.exception)
+    assert not (task.parent / "out").exists()
+
+
 def test_a_task_that_fails_its_own_reference_is_an_error(endpoint: Scripted, task: Path) -> None:
     task.write_text(TASK.replace("torch.tanh(x)", "torch.no_such(x)"))
     with pytest.raises(AgentError, match=r"task tanh: .*no_such"):
