@@ -278,7 +278,7 @@ class Dispatcher:
             name, order.search, role, now if since is None else since, expected_s,
             order.fork, order.could_end, order.priority, deadline,
         )  # fmt: skip
-        return PoolJob(self, name, order, view, now, tries=tries)
+        return PoolJob(pool=self, id=name, order=order, view=view, submitted=now, tries=tries)
 
     def _enqueue(self, job: PoolJob) -> None:
         """Queue a new job, or one that is retried."""

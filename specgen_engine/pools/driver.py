@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 
 from ..evaluation.base import Candidate, Status, Task
-from .base import STAGES, JobStage
+from .base import JobStage
 from .dispatch import TRIES, Dispatcher, status_text
-from .job import Order, PoolJob
+from .job import Order, PoolJob, order_of
 from .journal import Recovered
 from .ledger import Search
 from .policy import Admission, Role
@@ -130,12 +130,12 @@ class Driver(Dispatcher):
         """
         if self.closing:
             raise ValueError("the pool is closed")
-        if deadline is not None and deadline <= time.monotonic():
-            raise ValueError(f"deadline={deadline}: it has passed; give a later time.monotonic() value or none")
-        try:
-            stage = JobStage(stage)
-        except ValueError:
-            raise ValueError(f"stage={stage!r}: use one of {', '.join(JobStage)}") from None
+        order = order_of(
+            task, candidate, search, stage=stage, priority=priority, deadline=deadline, fork=fork, could_end=could_end,
+            options=options,
+        )  # fmt: skip
+        if order.stage is JobStage.EVALUATE:
+            order = order._replace(options={**(self.evaluate_options or {}), **(options or {})})
         known = self.ledger.searches.get(search)
         if self.strict and (known is None or known.ended):
             raise ValueError(
@@ -143,14 +143,8 @@ class Driver(Dispatcher):
             )
         if known is None or known.ended:
             self.open_search(search)
-        wall = None if deadline is None else time.time() + deadline - time.monotonic()
-        if could_end is None:
-            could_end = priority > 0 or STAGES[stage].role is Role.PROFILE
-        if stage is JobStage.EVALUATE:
-            options = {**(self.evaluate_options or {}), **(options or {})}
-        order = Order(stage, task, candidate, search, priority, wall, fork, could_end, options)
         name = job or f"{self.life}/{next(self._numbers)}"
-        self.ledger.journal.submit(name, search, stage, order.to_json())
+        self.ledger.journal.submit(name, search, order.stage, order.to_json())
         queued = self._job(name, order, since=since)
         self._enqueue(queued)
         self._decide()

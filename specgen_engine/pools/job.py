@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 
 from ..evaluation.base import Candidate, Stage, Status, Task, Verdict
-from .base import JobStage
-from .policy import JobView
+from .base import STAGES, JobStage
+from .policy import JobView, Role
 
 if TYPE_CHECKING:
     from .dispatch import Dispatcher
@@ -56,24 +56,43 @@ class Order(NamedTuple):
         )
 
 
-@dataclass(eq=False)
-class PoolJob:
-    """See evaluation.base.Job. tries: attempts that died under it."""
+def order_of(
+    task: Task,
+    candidate: Candidate,
+    search: str,
+    *,
+    stage: JobStage | str,
+    priority: float,
+    deadline: float | None,
+    fork: int,
+    could_end: bool | None,
+    options: Mapping[str, object] | None,
+) -> Order:
+    """What a pool's submit() was given. deadline: a time.monotonic() value.
 
-    pool: Dispatcher
+    could_end: default: when its priority is above 0, and of what comes after the verdict.
+    Raises ValueError for a deadline that has passed or a stage that is not known.
+    """
+    if deadline is not None and deadline <= time.monotonic():
+        raise ValueError(f"deadline={deadline}: it has passed; give a later time.monotonic() value or none")
+    try:
+        stage = JobStage(stage)
+    except ValueError:
+        raise ValueError(f"stage={stage!r}: use one of {', '.join(JobStage)}") from None
+    if could_end is None:
+        could_end = priority > 0 or STAGES[stage].role is Role.PROFILE
+    wall = None if deadline is None else time.time() + deadline - time.monotonic()
+    return Order(stage, task, candidate, search, priority, wall, fork, could_end, options)
+
+
+@dataclass(eq=False, kw_only=True)
+class JobHandle:
+    """What whoever submitted a job holds of it; see evaluation.base.Job."""
+
     id: str
     order: Order
-    view: JobView
-    submitted: float
-    seen: list[Stage] = field(default_factory=lambda: [Stage.QUEUED])
+    seen: list[Stage] = field(default_factory=list)
     result: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    slot: int | None = None
-    attempt: int = 0
-    tries: int = 0
-    cancelled: str = ""  # why, once somebody has asked for it
-    queued_s: float = 0.0
-    began: float = 0.0
-    busy_since: float | None = None
     changed: anyio.Event = field(default_factory=anyio.Event)
 
     async def events(self) -> AsyncIterator[Stage]:
@@ -95,18 +114,40 @@ class PoolJob:
         """Verdict, or for other stages the worker's answer; a job that failed has a Verdict that says how."""
         return await asyncio.shield(self.result)
 
-    def cancel(self) -> None:
-        """Queued: it ends now. Running: its processes are killed, the verdict follows within 200 ms."""
-        self.pool.cancel(self)
-
     def advance(self, stage: Stage) -> None:
-        self.seen.append(stage)
-        self._wake()
+        if not self.result.done():
+            self.seen.append(stage)
+            self._wake()
 
     def finish(self, value: Any) -> None:
         if not self.result.done():
             self.result.set_result(value)
         self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+
+@dataclass(eq=False, kw_only=True)
+class PoolJob(JobHandle):
+    """A job in the process that drives the pool. tries: attempts that died under it."""
+
+    pool: Dispatcher
+    view: JobView
+    submitted: float
+    seen: list[Stage] = field(default_factory=lambda: [Stage.QUEUED])
+    slot: int | None = None
+    attempt: int = 0
+    tries: int = 0
+    cancelled: str = ""  # why, once somebody has asked for it
+    queued_s: float = 0.0
+    began: float = 0.0
+    busy_since: float | None = None
+
+    def cancel(self) -> None:
+        """Queued: it ends now. Running: its processes are killed, the verdict follows within 200 ms."""
+        self.pool.cancel(self)
 
     def failed(self, status: Status, reason: str, device: str) -> Verdict:
         candidate = self.order.candidate.hash if self.order.candidate else ""
@@ -114,10 +155,6 @@ class PoolJob:
 
     def waited(self) -> dict[str, float]:
         return {Stage.QUEUED: round(self.queued_s or time.monotonic() - self.submitted, 4)}
-
-    def _wake(self) -> None:
-        self.changed.set()
-        self.changed = anyio.Event()
 
 
 def _frozen(value: Any) -> Any:

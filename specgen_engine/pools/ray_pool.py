@@ -8,17 +8,18 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from ..evaluation.base import Candidate, Stage, Status, Task, Verdict
-from .base import STAGES, JobStage
-from .job import Order, outcome_value
-from .policy import Admission, Role
+from ..evaluation.base import Candidate, Status, Task, Verdict
+from .base import JobStage
+from .job import JobHandle, order_of, outcome_value
+from .policy import Admission
 from .ray_head import NAMESPACE, News, PoolError, find_head
 
 CONNECT_S = 5.0
@@ -28,31 +29,12 @@ REACH_S = 120.0
 """How long a head that is lost may take to come back before what waits for it ends as a crash."""
 
 
-class RayJob:
-    """See Job."""
+@dataclass(eq=False, kw_only=True)
+class RayJob(JobHandle):
+    """A job whose pool is elsewhere. sent: the head has it, or it was refused and has its result."""
 
-    def __init__(self, pool: RayPool, name: str, order: Order) -> None:
-        self.pool, self.id, self.order = pool, name, order
-        self.seen: list[Stage] = []
-        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.sent = anyio.Event()  # or refused: then it has its result
-        self.changed = anyio.Event()
-
-    async def events(self) -> AsyncIterator[Stage]:
-        index = 0
-        while True:
-            while index < len(self.seen):
-                yield self.seen[index]
-                index += 1
-            if self.result.done():
-                return
-            await self.changed.wait()
-
-    async def verdict(self) -> Verdict:
-        return await asyncio.shield(self.result)
-
-    async def outcome(self) -> Any:
-        return await asyncio.shield(self.result)
+    pool: RayPool
+    sent: anyio.Event = field(default_factory=anyio.Event)
 
     def cancel(self) -> None:
         self.pool.cancel(self)
@@ -61,22 +43,15 @@ class RayJob:
         """What was told before, by a head that has died since, is not told again."""
         if news.outcome is not None:
             self.finish(outcome_value(news.outcome))
-        elif news.stage is not None and not self.result.done():
-            self.seen.append(news.stage)
-            self._wake()
+        elif news.stage is not None:
+            self.advance(news.stage)
 
     def finish(self, value: Any) -> None:
-        if not self.result.done():
-            self.result.set_result(value)
+        super().finish(value)
         self.pool.open_jobs.pop(self.id, None)
-        self._wake()
 
     def failed(self, status: Status, reason: str) -> Verdict:
         return Verdict(self.order.candidate.hash if self.order.candidate else "", status, reason, device="ray")
-
-    def _wake(self) -> None:
-        self.changed.set()
-        self.changed = anyio.Event()
 
 
 class RayPool:
@@ -138,14 +113,11 @@ class RayPool:
         """As Driver.submit. What the head refuses ends the job with a verdict that says so."""
         if self.closing:
             raise ValueError("the pool is closed")
-        if deadline is not None and deadline <= time.monotonic():
-            raise ValueError(f"deadline={deadline}: it has passed; give a later time.monotonic() value or none")
-        stage = JobStage(stage)
-        if could_end is None:
-            could_end = priority > 0 or STAGES[stage].role is Role.PROFILE
-        wall = None if deadline is None else time.time() + deadline - time.monotonic()
-        order = Order(stage, task, candidate, f"{self.name}/{search}", priority, wall, fork, could_end, options)
-        handle = RayJob(self, job or f"{self.name}/{next(self._numbers)}", order)
+        order = order_of(
+            task, candidate, f"{self.name}/{search}", stage=stage, priority=priority, deadline=deadline, fork=fork,
+            could_end=could_end, options=options,
+        )  # fmt: skip
+        handle = RayJob(pool=self, id=job or f"{self.name}/{next(self._numbers)}", order=order)
         self.open_jobs[handle.id] = handle
         self._spawn(self._send(handle))
         return handle
