@@ -188,7 +188,7 @@ class Rig:
     def run_tables(self, pages: int) -> Tables:
         """Random pool pages to arena pages side by side, as an arena that isn't worn gives them out."""
         scattered, side_by_side = self.tables(pages), self.sequential_tables(pages)
-        return side_by_side._replace(device_pages=scattered.device_pages)
+        return Tables(scattered.device_pages, *side_by_side[1:])
 
     def sequential_tables(self, pages: int) -> Tables:
         """The first pages to the first pages, in order: what scatter costs."""

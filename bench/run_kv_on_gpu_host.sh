@@ -14,6 +14,7 @@ BENCH_S=${BENCH_S:-230}
 TOTAL_S=${TOTAL_S:-470}
 STEPS=${STEPS:-build bytes nixl mooncake bench links failures tests sanitizers ncu}
 PEERS_S=${PEERS_S:-40}
+SANITIZE_S=${SANITIZE_S:-240}
 BENCH_ARGS=${BENCH_ARGS:---tune}
 PYTHON=${PYTHON:-python3}
 logs=$(mktemp -d)
@@ -77,13 +78,13 @@ step failures 40 "$PYTHON" -m bench.kv_failures --backend "$BACKEND" --json "$OU
 step tests 60 "${gpu_tests[@]}" -k "not test_every_byte and not test_every_path and not test_a_mixed"
 # The tests themselves, each tool on a GPU of its own; a pace can't be kept under them, and lenders' processes aren't followed.
 sanitize() {
-    CUDA_VISIBLE_DEVICES=$2 step "$1" 100 compute-sanitizer --tool "$1" --error-exitcode 9 "${our_kernels[@]}" \
+    CUDA_VISIBLE_DEVICES=$2 step "$1" "$SANITIZE_S" compute-sanitizer --tool "$1" --error-exitcode 9 "${our_kernels[@]}" \
         "$PYTHON" -m pytest tests/kv/test_gpu_copy.py -q -p no:cacheprovider --timeout 90 -k "not pace and not promises"
 }
 case " $STEPS " in *" sanitizers "*)
     our_kernels=() # torch's own need no look: the option that leaves them out has had several names
     for option in --kernel-regex --kernel-name --filter; do
-        compute-sanitizer "$option" kns=_pages true >/dev/null 2>&1 && our_kernels=("$option" kns=_pages) && break
+        compute-sanitizer --help 2>&1 | grep -q -- "$option" && our_kernels=("$option" kns=_pages) && break
     done
     echo "sanitizers look at ${our_kernels[*]:-every kernel}" | tee -a "$summary"
     STEPS="$STEPS memcheck racecheck"
