@@ -6,6 +6,7 @@ Finals that need no C++ compiler come first, on an otherwise idle machine; then 
 CUDA C++ beside the rest; then what was timed beside compilers once more, with the CPU at rest. The file is written
 after every answer. A row: status, import_s, check_s, time_s (seconds without queueing), ref_ms, ms, speedup, interval,
 why; beside_compilers: the speed-up of the first of two timings. What has no verdict when time is over has no row.
+At last some CUDA C++ answers are built alone, for the time of a compiler on an idle machine (built_alone_s).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any, NamedTuple
 
 from bench.evaluation import Answer, read_answers
 from bench.machine import new_report, write_report
-from specgen_engine.evaluation.base import Status, Verdict
+from specgen_engine.evaluation.base import Candidate, Status, Verdict
 from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.pools.local import LocalPool
 
 SCHEMA = "specgen.scores/1"
+ALONE_S = 45.0
+"""A build alone is begun while so much of the budget is left."""
 
 
 class Batch(NamedTuple):
@@ -126,6 +129,25 @@ class Scoring:
         timed = [answer for answer in others if self.rows.get(answer.name, {}).get("speedup")]
         if heavy and timed:
             await self.judge(Batch(timed, self.args.light_workers, again=True))
+        built = [answer for answer in heavy if answer.name in self.rows][: self.args.alone]
+        if built:
+            await self.build_alone(built)
+
+    async def build_alone(self, answers: list[Answer]) -> None:
+        """One after the other, each with a line added, so that no earlier build of it is found."""
+        limits = EvaluationLimits(sandbox=self.args.sandbox)
+        pool = LocalPool(workers=1, device=self.args.device, limits=limits, cache=self.cache)
+        await pool.start()
+        try:
+            for answer in answers:
+                if self.began + self.args.budget_s - time.monotonic() < ALONE_S:
+                    break
+                candidate = Candidate(answer.candidate.source.replace("#include", "// built alone\n#include", 1))
+                verdict = await pool.submit(answer.task, candidate, search="alone").verdict()
+                self.rows[answer.name]["built_alone_s"] = score_row(verdict)["import_s"]
+                write_report(self.args.json, self.report)
+        finally:
+            await pool.close()
 
 
 def main() -> int:
@@ -137,7 +159,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression on an answer's path below TRACES")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--light-workers", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=12, help="for answers that compile CUDA C++")
+    parser.add_argument("--workers", type=int, default=8, help="for answers that compile CUDA C++, two processes each")
+    parser.add_argument("--alone", type=int, default=1, help="CUDA C++ answers that are built once more, alone")
     parser.add_argument("--sandbox", default="prefer")
     parser.add_argument("--budget-s", type=float, default=220.0)
     args = parser.parse_args()
