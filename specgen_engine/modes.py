@@ -6,16 +6,19 @@ warning; one that names specgen gets a 400 with the reason. refused: the server 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+TRY = "SPECGEN_TRY_MODES"
 Verdict = Literal["works", "ordinary", "refused"]
 
 
 class Mode(NamedTuple):
     """`option` is what an operator or a client sets. is_on: whether ServerArgs have it on; None: told elsewhere.
 
-    why: for a refused mode the reason and what to do instead; else what holds, or the test that shows it.
+    why: for a refused mode the reason and what to do instead; else what holds, or the test that shows it. untested:
+    refused for want of a run only; SPECGEN_TRY_MODES, naming it, starts it all the same.
     """
 
     name: str
@@ -23,6 +26,7 @@ class Mode(NamedTuple):
     verdict: Verdict
     why: str
     is_on: Callable[[Any], bool] | None = None
+    untested: bool = False
 
 
 def _set(*names: str) -> Callable[[Any], bool]:
@@ -31,6 +35,15 @@ def _set(*names: str) -> Callable[[Any], bool]:
 
 def _above(name: str, least: int) -> Callable[[Any], bool]:
     return lambda arguments: (getattr(arguments, name, None) or least) > least
+
+
+def _chained(arguments: Any) -> bool:
+    """Drafts one after the other, whose KV stays where it was written when they are accepted."""
+    return arguments.speculative_algorithm == "EAGLE" and (arguments.speculative_eagle_topk or 1) == 1
+
+
+def _page_sizes(arguments: Any) -> tuple[int | None, ...]:
+    return (256,) if getattr(arguments, "attention_backend", None) == "dsv4" else (None, 1, 16, 32, 64)
 
 
 MODES: tuple[Mode, ...] = (
@@ -66,9 +79,13 @@ MODES: tuple[Mode, ...] = (
          _above("attn_cp_size", 1)),
     Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
          _above("nnodes", 1)),
-    Mode("speculative decoding (EAGLE, MTP, NGRAM, ...)", "--speculative-algorithm", "refused",
-         "a step commits several tokens, and the draft's KV would need fork points of its own; leave it out",
-         _set("speculative_algorithm")),
+    Mode("speculative decoding with a chain of drafts (MTP, EAGLE)", "--speculative-algorithm EAGLE", "refused",
+         "not run with forks yet: the draft's KV lies at the target's indices and is forked with it; leave it out",
+         lambda arguments: _chained(arguments), untested=True),
+    Mode("other speculative decoding (a tree of drafts, NGRAM, ...)", "--speculative-algorithm", "refused",
+         "accepted drafts of a tree are moved to other slots, and other drafters keep KV of their own; "
+         "use EAGLE with --speculative-eagle-topk 1",
+         lambda arguments: bool(arguments.speculative_algorithm) and not _chained(arguments)),
     Mode("prefill/decode disaggregation", "--disaggregation-mode", "refused",
          "a fork prefills where its base decodes; leave it out",
          lambda arguments: getattr(arguments, "disaggregation_mode", "null") != "null"),
@@ -81,7 +98,10 @@ MODES: tuple[Mode, ...] = (
     Mode("other radix caches", "--radix-cache-backend, --enable-lmcache, --enable-flexkv", "refused",
          "fork points are tested on SGLang's own tree; leave it out",
          _set("radix_cache_backend", "enable_lmcache", "enable_flexkv")),
-    Mode("hybrid models (sliding window, Mamba)", "--model-path", "refused",
+    Mode("DeepSeek-V4", "--model-path", "refused",
+         "not run with forks yet: prefixes are published at multiples of 256 tokens; "
+         "serve a model with full attention", untested=True),
+    Mode("other hybrid models (sliding window, Mamba)", "--model-path", "refused",
          "the state of a prefix can't be published at any token; serve a model with full attention"),
     Mode("no tokenizer", "--skip-tokenizer-init", "refused", "triggers and grafts need the text; leave it out",
          _set("skip_tokenizer_init")),
@@ -92,20 +112,31 @@ MODES: tuple[Mode, ...] = (
     Mode("legacy gRPC server", "--smg-grpc-mode", "refused", "/specgen and chat are HTTP; use the HTTP server",
          _set("smg_grpc_mode", "grpc_mode")),
     Mode("other page sizes", "--page-size", "refused", "untested; use 1, 16, 32 or 64",
-         lambda arguments: getattr(arguments, "page_size", None) not in (None, 1, 16, 32, 64)),
+         lambda arguments: getattr(arguments, "page_size", None) not in _page_sizes(arguments)),
 )  # fmt: skip
 
 
-def refusals(server_args: Any) -> list[str]:
+def refusals(server_args: Any, environ: Mapping[str, str] = os.environ) -> list[str]:
     """One line a mode that is on and refused: option, reason, what to do."""
-    return [f"{mode.option}: {mode.why}" for mode in MODES if mode.is_on is not None and mode.is_on(server_args)]
+    on = [mode for mode in MODES if mode.verdict == "refused" and mode.is_on is not None and mode.is_on(server_args)]
+    return [f"{mode.option}: {mode.why}" for mode in on if not _tried(mode, environ)]
 
 
-def tree_refusal(tree_cache: Any, is_generation: bool) -> str | None:
+def tree_refusal(
+    tree_cache: Any, is_generation: bool, architecture: str = "", environ: Mapping[str, str] = os.environ
+) -> str | None:
     """What only the loaded model tells: why forks cannot run on this scheduler, or None."""
     if not is_generation:
         return "an embedding model does not reason; leave --enable-specgen out"
-    if tree_cache.supports_swa() or tree_cache.supports_mamba():
-        (mode,) = (mode for mode in MODES if mode.name.startswith("hybrid models"))
-        return f"{type(tree_cache).__name__}: {mode.why}"
-    return None
+    if not (tree_cache.supports_swa() or tree_cache.supports_mamba()):
+        return None
+    name = "DeepSeek-V4" if architecture.startswith("DeepseekV4") else "other hybrid models"
+    (mode,) = (mode for mode in MODES if mode.name.startswith(name))
+    if mode.verdict != "refused" or _tried(mode, environ):
+        return None
+    return f"{type(tree_cache).__name__}: {mode.why}"
+
+
+def _tried(mode: Mode, environ: Mapping[str, str]) -> bool:
+    """Whether the operator asked for a mode that is refused for want of a run only."""
+    return mode.untested and mode.name in (name.strip() for name in environ.get(TRY, "").split(";"))

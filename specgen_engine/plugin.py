@@ -79,6 +79,10 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "recv_req"), "the remote KV tier's counts and books in /server_info"),
     Hook("scheduler", f"{SCHEDULER}.get_internal_state", "after", "specgen_engine.scheduler.hooks:internal_state",
          ("self", "recv_req"), "retracted requests, free KV and remembered searches in /server_info"),
+    Hook("scheduler", "sglang.kernels.ops.layernorm.mhc.hc_split_sinkhorn", "around", "specgen_engine.models.mhc:hc_split_sinkhorn",
+         ("mixes", "hc_scale", "hc_base", "hc_mult", "sinkhorn_iters", "eps"), "DeepSeek-V4 where TileLang is not installed"),
+    Hook("scheduler", "sglang.srt.model_loader.weight_utils.initialize_dummy_weights", "around", "specgen_engine.models.weights:initialize",
+         ("model", "low", "high", "seed"), "random weights that comparisons can rest on, with SPECGEN_DUMMY_WEIGHTS=scaled"),
     Hook("scheduler", "sglang.srt.model_executor.model_runner.ModelRunner.sample", "after", "specgen_engine.replay.sampler:sample",
          ("self", "logits_output", "forward_batch"), "replay: recorded ids replace sampled ones where sampling happens"),
 )  # fmt: skip

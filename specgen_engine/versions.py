@@ -29,6 +29,9 @@ class RequestKv(Protocol):
     def in_tree(self, req: Any) -> int:
         """Tokens of it that the radix tree owns."""
 
+    def released(self, req: Any) -> int:
+        """Tokens at its front that have left the sliding window and whose uncompressed keys are freed."""
+
     def publish(self, req: Any, length: int, tree_cache: Any) -> None:
         """Insert the first `length` tokens into the radix tree; the request goes on as before."""
 
@@ -47,6 +50,9 @@ class FillRangeKv:
 
     def in_tree(self, req: Any) -> int:
         return int(req.cache_protected_len)
+
+    def released(self, req: Any) -> int:
+        return int(req.kv.swa_evicted_seqlen)
 
     def publish(self, req: Any, length: int, tree_cache: Any) -> None:
         req._refresh_fill_ids()
@@ -72,6 +78,9 @@ class CheckpointKv:
 
     def in_tree(self, req: Any) -> int:
         return int(req.kv.cache_protected_len)
+
+    def released(self, req: Any) -> int:
+        return int(req.kv.swa_evicted_seqlen)
 
     def publish(self, req: Any, length: int, tree_cache: Any) -> None:
         req.refresh_fill_ids()

@@ -20,7 +20,11 @@ ON: dict[str, dict[str, Any]] = {
     "pipeline parallel": {"pp_size": 2},
     "context parallel": {"attn_cp_size": 2},
     "several nodes": {"nnodes": 2},
-    "speculative decoding (EAGLE, MTP, NGRAM, ...)": {"speculative_algorithm": "EAGLE"},
+    "speculative decoding with a chain of drafts (MTP, EAGLE)": {"speculative_algorithm": "EAGLE"},
+    "other speculative decoding (a tree of drafts, NGRAM, ...)": {
+        "speculative_algorithm": "EAGLE",
+        "speculative_eagle_topk": 4,
+    },
     "prefill/decode disaggregation": {"disaggregation_mode": "decode"},
     "encoder disaggregation": {"encoder_only": True},
     "prefill/decode multiplexing": {"enable_pdmux": True},
@@ -60,6 +64,24 @@ def test_a_model_whose_prefixes_cannot_be_forked_stops_start_up(
     assert says in (modes.tree_refusal(tree, generates) or "")
     plain = SimpleNamespace(supports_swa=lambda: False, supports_mamba=lambda: False)
     assert modes.tree_refusal(plain, True) is None
+
+
+def test_a_mode_that_only_lacks_a_run_can_be_tried_by_its_name() -> None:
+    name = "speculative decoding with a chain of drafts (MTP, EAGLE)"
+    on = SimpleNamespace(speculative_algorithm="EAGLE", speculative_eagle_topk=1)
+    assert len(modes.refusals(on, {})) == 1
+    assert modes.refusals(on, {modes.TRY: f"DeepSeek-V4; {name}"}) == []
+    replicas = SimpleNamespace(speculative_algorithm=None, dp_size=2)
+    assert len(modes.refusals(replicas, {modes.TRY: "data parallel"})) == 1
+    tree = SimpleNamespace(supports_swa=lambda: True, supports_mamba=lambda: False)
+    assert modes.tree_refusal(tree, True, "DeepseekV4ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is None
+    assert modes.tree_refusal(tree, True, "Gemma3ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is not None
+
+
+def test_deepseek_v4_has_pages_of_256_tokens_and_no_other_model_has() -> None:
+    v4 = SimpleNamespace(speculative_algorithm=None, attention_backend="dsv4", page_size=256)
+    assert modes.refusals(v4, {}) == []
+    assert len(modes.refusals(SimpleNamespace(**{**vars(v4), "attention_backend": "triton"}), {})) == 1
 
 
 def test_the_documents_table_is_the_codes() -> None:

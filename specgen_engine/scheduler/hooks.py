@@ -18,7 +18,8 @@ def attach(_result: None, scheduler: Any) -> None:
     settings = scheduler.server_args.__dict__.get("specgen")
     if settings is None:
         raise HookError("SpecGen engine: the scheduler got no configuration with its ServerArgs")
-    if refused := tree_refusal(scheduler.tree_cache, scheduler.is_generation):
+    architecture = (scheduler.model_config.hf_config.architectures or [""])[0]
+    if refused := tree_refusal(scheduler.tree_cache, scheduler.is_generation, architecture):
         raise HookError(f"--enable-specgen does not go with this model: {refused}")
     register_messages()
     extension = scheduler.specgen = SchedulerExtension(scheduler, settings)

