@@ -159,13 +159,17 @@ def evaluator(
         Path | None, typer.Option(help="of a new pool: file in which jobs outlive a crash", metavar="FILE")
     ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="serve the pool's Prometheus series here")] = None,
+    lend: Annotated[
+        str | None,
+        typer.Option(help="of a new pool: memory of each GPU that servers may use for KV pages", metavar="BYTES"),
+    ] = None,
 ) -> None:
     """Evaluators for a pool that several servers share, on a Ray cluster; runs until Ctrl-C."""
     from specgen_engine.pools.evaluator import EvaluatorOptions, parse_gpus
     from specgen_engine.pools.evaluator import evaluator as run
 
     indices = parse_gpus(gpus) if gpus is not None else ()
-    run(EvaluatorOptions(indices, cpus, join, workers, port, journal, metrics_port))
+    run(EvaluatorOptions(indices, cpus, join, workers, port, journal, metrics_port, lend))
 
 
 @app.command()

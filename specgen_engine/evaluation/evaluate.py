@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ class Evaluation(Timed):
             self._check()
         with self.step("spare"):
             worker.await_warm(heed_cancel=True)
-        if worker.on_gpu:  # before the stage is told: a pool keeps KV copies off the GPU from then on
+        if worker.on_gpu:
             self.waited_s += self.gpu.alone()
+        if self.lent:
+            self._await_quiet()
         with self.stage(Stage.TIME):
             result = self._time()
             self._check_hidden()
@@ -65,6 +68,13 @@ class Evaluation(Timed):
             with self.own():
                 self._extra_times()
         return result
+
+    def _await_quiet(self) -> None:
+        """Once the device is this evaluation's alone, so that copies are held off no longer than they must be."""
+        start = time.monotonic()
+        if self.worker.await_quiet():
+            self.use = "turn, quiet"
+        self.waited_s += time.monotonic() - start
 
     def _subjected(self, build: Path, result: Speedup) -> Subjected:
         slot, source = self.checks, self.candidate.source

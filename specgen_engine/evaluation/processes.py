@@ -52,6 +52,7 @@ class Link:
         self.sock = sock
         self.requests: deque[dict[str, Any]] = deque()
         self.cancelled: set[str] = set()
+        self.quiet: dict[str, bool] = {}  # the pool's answer to a job that asked for it
         self._buffer = bytearray()
 
     def read(self) -> None:
@@ -65,6 +66,8 @@ class Link:
             del self._buffer[: end + 1]
             if message["op"] == "cancel":
                 self.cancelled.add(message["job"])
+            elif message["op"] == "quiet":
+                self.quiet[message["job"]] = bool(message["reached"])
             else:
                 self.requests.append(message | {"arrived": time.monotonic()})
 

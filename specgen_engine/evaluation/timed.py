@@ -44,7 +44,8 @@ class Timed(Checked):
         self.unseen: list[tuple[int, int]] = []
         self.idle: list[bool] = []
         self.goes_on: list[bool] = []
-        self.use = str(request.get("gpu_use", "turn"))
+        self.lent = bool(request.get("lent"))  # the device's memory, to the KV tier
+        self.use = "turn"
         self.extra_ms: dict[str, float] = {}
         self.conditions: dict[str, Any] = {}
 
@@ -83,7 +84,7 @@ class Timed(Checked):
             if last:
                 self.last_slot = sequence[-1]
                 break
-        if worker.on_gpu:
+        if worker.on_gpu or self.lent:
             self.conditions = {"use": self.use} | conditions(before, self._gpu_state())
         self._reject_tricks()
         return result

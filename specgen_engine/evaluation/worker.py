@@ -1,13 +1,14 @@
 """A worker: a process with torch imported that forks judges and candidates, keeps the clock and never runs their code.
 
-It talks to the pool over one socket of JSON lines (pool -> worker: evaluate, check_task, cancel; worker -> pool:
-ready, stage, verdict, task). When that socket closes, everything below it is killed and it exits.
+It talks to the pool over one socket of JSON lines (pool -> worker: evaluate, check_task, cancel, quiet; worker -> pool:
+ready, stage, asks, verdict, task). When that socket closes, everything below it is killed and it exits.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 from . import children, warm
@@ -22,6 +23,8 @@ from .wire import Channel
 __all__ = ["TICK_S", "Ended", "JudgeLost", "Link", "PoolGone", "Worker"]
 CANCEL_PATIENCE_S = 0.1
 PROBE_S = 2.0
+QUIET_S = 2.0
+"""A pool that has not answered by then cannot keep others' copies away; the timing says so."""
 WARM_S = 30.0
 TRITON_DRIVER, TRITON_DRIVER_S = "triton-driver", 30.0
 
@@ -62,6 +65,18 @@ class Worker(Processes):
         """Between two tries for the GPU: live on. Raises Ended when the job at hand is cancelled."""
         self.heed_cancel()
         self.pump(seconds)
+
+    def await_quiet(self) -> bool:
+        """Ask the pool to keep KV copies off the device until the verdict; whether they had drained when it answered.
+
+        Raises Ended when the job at hand is cancelled.
+        """
+        self.link.quiet.pop(self.job, None)
+        self.link.send({"job": self.job, "asks": "quiet"})
+        stop = time.monotonic() + QUIET_S
+        while self.job not in self.link.quiet and time.monotonic() < stop:
+            self.wait(TICK_S)
+        return self.link.quiet.pop(self.job, False)
 
     def release_judge(self) -> None:
         """The judge gives back what it holds for a candidate; one that doesn't do so soon is ended.

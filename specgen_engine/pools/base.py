@@ -49,7 +49,7 @@ BUSY_STAGES = frozenset({"check", "time", "profile"})
 class Work(NamedTuple):
     """One attempt at a job, as a slot gets it.
 
-    quiet_s: how long KV copies must leave the device alone, from before the work starts; 0: only while it is timed.
+    quiet_s: how long KV copies may be kept off the device once it is timed or profiled; 0: the backend's own bound.
     options: more of the worker's request, as its op defines it.
     """
 
@@ -140,6 +140,10 @@ class Backend(Protocol):
         """End a slot that does not answer; a SlotDown follows."""
         ...
 
+    def expect(self, starts_per_s: float) -> None:
+        """So many jobs a second begin from now on: memory that they will need and that is lent is asked back."""
+        ...
+
     def describe(self) -> dict[str, object]:
         """device, workers (slots there should be), restarts."""
         ...
@@ -150,14 +154,25 @@ class Backend(Protocol):
 
 
 class Lending(Protocol):
-    """The KV tier's use of an evaluator's spare memory. Both calls block; they are made on a thread."""
+    """The KV tier's use of an evaluator's spare memory. All but lends() block; they are called on a thread."""
 
-    def quiet(self, device: str, seconds: float) -> AbstractContextManager[object]:
-        """No KV copy touches the device's memory inside, for at most so many seconds."""
+    def lends(self, device: str) -> bool:
+        """Whether others may have some of the device's memory."""
+        ...
+
+    def quiet(self, device: str, seconds: float) -> AbstractContextManager[bool]:
+        """No KV copy begins on the device's memory inside, for at most so many seconds.
+
+        Gives whether those under way had ended.
+        """
         ...
 
     def make_room(self, device: str, need_bytes: int) -> int:
         """Ask lent memory back until need_bytes are free; returns the bytes that came back."""
+        ...
+
+    def make_room_ahead(self, starts_per_s: float, need_bytes: int) -> int:
+        """The same before jobs need it, on as many devices as they will start on; returns the bytes that came back."""
         ...
 
 

@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 CANCEL_S = 5.0
 """A running job that was cancelled and does not end within it has its slot killed."""
 EXPECTED_S = 5.0
+EXPECT_S = 0.1
+"""How often at most a backend is told what comes."""
 TRIES = 2
 
 
@@ -104,6 +106,7 @@ class Dispatcher:
         self._open = False
         self._wake: asyncio.TimerHandle | None = None
         self._deciding = self._again = False
+        self._saying: asyncio.TimerHandle | None = None
 
     # -- what the backend says ---------------------------------------------------------------------------------------
 
@@ -230,6 +233,14 @@ class Dispatcher:
         if decision.wake_at is not None:
             delay = max(0.0, decision.wake_at - time.monotonic()) + 1e-3
             self._wake = asyncio.get_running_loop().call_later(delay, self._decide)
+        if self._saying is None:
+            self._saying = asyncio.get_running_loop().call_later(EXPECT_S, self._say_what_comes)
+
+    def _say_what_comes(self) -> None:
+        """Backends whose memory is lent have it back before jobs wait for it."""
+        self._saying = None
+        if isinstance(self.state, PoolState) and not self.closing:
+            self.backend.expect(self.state.starts_per_s(time.monotonic()))
 
     def _assign(self, assignment: Assignment) -> None:
         slot = self._evaluators[assignment.gpu]

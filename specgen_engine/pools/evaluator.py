@@ -33,6 +33,7 @@ class EvaluatorOptions(NamedTuple):
 
     workers: processes on one GPU.  port: of a new pool.  journal: of a new pool, None for none.
     metrics_port: where Prometheus finds the pool's series, None for nowhere.
+    lend: of a new pool: how much of each GPU's memory servers may use for KV pages (auto, 24GiB, ...), None for none.
     """
 
     gpus: tuple[int, ...] = ()
@@ -42,6 +43,7 @@ class EvaluatorOptions(NamedTuple):
     port: int = 6380
     journal: Path | None = None
     metrics_port: int | None = None
+    lend: str | None = None
     limits: EvaluationLimits = EvaluationLimits()
 
 
@@ -71,6 +73,15 @@ def require_gpus(indices: Sequence[int]) -> None:
             )
 
 
+def require_lending(options: EvaluatorOptions) -> None:
+    """Raises EvaluatorError or TierError for a size that is none, or where the pool's first evaluator decides."""
+    if options.join is not None:
+        raise EvaluatorError("--lend: what a pool's GPUs lend is said where it is started; leave it out beside --join")
+    from ..tier.lend import parse_bytes
+
+    parse_bytes(options.lend or "")
+
+
 def server_on(index: int) -> int | None:
     """The process id of an SGLang server with memory on that GPU."""
     import pynvml
@@ -94,6 +105,8 @@ def evaluator(options: EvaluatorOptions) -> None:
     """Serve until SIGINT or SIGTERM. Raises EvaluatorError or PoolError before anything is started."""
     if bool(options.gpus) == bool(options.cpus):
         raise EvaluatorError("--gpus, --cpus: name either the GPUs to evaluate on, or a number of CPU workers")
+    if options.lend is not None:
+        require_lending(options)
     if find_spec("ray") is None:
         raise EvaluatorError("a shared pool needs Ray: pip install 'specgen-engine[ray]'")
     if options.gpus:
@@ -171,7 +184,8 @@ def _serve(options: EvaluatorOptions, address: str, node: subprocess.Popen[bytes
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
-    head = start_head(options.journal, SupervisorOptions(options.limits, options.workers))
+    supervisors = SupervisorOptions(options.limits, options.workers, lend=options.lend or "")
+    head = start_head(options.journal, supervisors)
     if options.metrics_port is not None:
         _serve_metrics(options.metrics_port, head)
     what = f"GPUs {','.join(map(str, options.gpus))}" if options.gpus else f"{options.cpus} CPU workers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
@@ -25,6 +26,8 @@ from .base import Done, Event, Lending, NoSlot, Reached, SlotDown, SlotUp, Switc
 from .driver import Driver
 from .journal import Journal
 from .policy import PolicyConfig, Role
+
+log = logging.getLogger(__name__)
 
 GRACE_S = 6.0
 LINE_BYTES = 16 << 20
@@ -118,10 +121,10 @@ class WorkerProcess:
         elif work is None or self.slot is None or message.get("job") != work.job:
             return
         elif "stage" in message:
-            stage = Stage(message["stage"])
-            if stage is Stage.TIME and self.lease is None and self.device.startswith("cuda"):
-                self._keep(self._begin_lease(TIMING_LEASE_S))
-            tell(Reached(self.slot, work.job, work.attempt, stage))
+            tell(Reached(self.slot, work.job, work.attempt, Stage(message["stage"])))
+        elif "asks" in message:
+            if self.backend.lending is not None:
+                self._keep(self._grant_quiet(self.backend.lending, work))
         else:
             self.work = None
             self._end_lease()
@@ -129,32 +132,35 @@ class WorkerProcess:
 
     def give(self, work: Work) -> None:
         self.work = work
-        if self.backend.lending is None or not self.device.startswith("cuda"):
+        lending = self.backend.lending
+        if lending is None or not lending.lends(self.device):
             self.send(work.message())
         else:
-            self._keep(self._give_on_lent_gpu(self.backend.lending, work))
+            self._keep(self._give_on_lent_device(lending, work))
 
-    async def _give_on_lent_gpu(self, lending: Lending, work: Work) -> None:
-        """Its memory first, then quiet where the work asks for it, then the work."""
-        await anyio.to_thread.run_sync(lending.make_room, self.device, self.backend.room_bytes)
-        if work.quiet_s and self.work is work:
-            await self._begin_lease(work.quiet_s)
+    async def _give_on_lent_device(self, lending: Lending, work: Work) -> None:
+        """Its memory first, then the work, which asks for quiet once it has the device to itself."""
+        try:
+            await anyio.to_thread.run_sync(lending.make_room, self.device, self.backend.room_bytes)
+        except Exception:  # whatever ails the tier, the job runs: it may find enough
+            log.exception("asking lent memory of %s back", self.device)
         if self.work is work:
-            self.send(work.message())
+            self.send(work.message() | {"lent": True})
 
-    async def _begin_lease(self, seconds: float) -> None:
-        lending, work = self.backend.lending, self.work
-        if lending is None:
-            return
-        lease = self.lease = _Lease(lending.quiet(self.device, seconds))
-        await lease.begin()
-        if self.work is not work:
-            self._end_lease(lease)
+    async def _grant_quiet(self, lending: Lending, work: Work) -> None:
+        """Hold the lease until the work's last message, and tell the worker that it may begin."""
+        reached = False
+        lease = self.lease = self.lease or _Lease(lending.quiet(self.device, work.quiet_s or TIMING_LEASE_S))
+        try:
+            reached = await lease.begin()
+        except Exception:  # the worker notes that it was not quiet
+            log.exception("keeping KV copies off %s", self.device)
+        if self.work is work:
+            self.send({"op": "quiet", "job": work.job, "reached": reached})
 
-    def _end_lease(self, lease: _Lease | None = None) -> None:
-        lease = lease or self.lease
-        if lease is not None:
-            self._keep(lease.end())
+    def _end_lease(self) -> None:
+        if self.lease is not None:
+            self._keep(self.lease.end())
         self.lease = None
 
     def _keep(self, work: object) -> None:
@@ -170,16 +176,18 @@ class WorkerProcess:
 class _Lease:
     """A quiet lease, entered and left on threads, once each."""
 
-    def __init__(self, held: AbstractContextManager[object]) -> None:
+    def __init__(self, held: AbstractContextManager[bool]) -> None:
         self._held = held
         self._lock = anyio.Lock()
-        self._inside = self._over = False
+        self._inside = self._over = self._reached = False
 
-    async def begin(self) -> None:
+    async def begin(self) -> bool:
+        """Whether copies had drained; asked again, the same."""
         async with self._lock:
-            if not self._over:
-                await anyio.to_thread.run_sync(self._held.__enter__)
+            if not (self._over or self._inside):
+                self._reached = await anyio.to_thread.run_sync(self._held.__enter__)
                 self._inside = True
+            return self._reached and not self._over
 
     async def end(self) -> None:
         async with self._lock:
@@ -224,6 +232,7 @@ class LocalBackend:
         ]
         self.tell: Callable[[Event], None] = lambda event: None
         self._tasks: list[asyncio.Task[None]] = []
+        self._ahead: asyncio.Task[None] | None = None
 
     def open(self, tell: Callable[[Event], None]) -> None:
         self.tell = tell
@@ -245,6 +254,17 @@ class LocalBackend:
         worker = self.workers.get(slot)
         if worker is not None and worker.process is not None:
             worker.process.kill()
+
+    def expect(self, starts_per_s: float) -> None:
+        """One question at a time: while the lenders are asked, what comes is heard of again soon enough."""
+        if self.lending is not None and not self.closing and (self._ahead is None or self._ahead.done()):
+            self._ahead = asyncio.ensure_future(self._make_room_ahead(self.lending, starts_per_s))
+
+    async def _make_room_ahead(self, lending: Lending, starts_per_s: float) -> None:
+        try:
+            await anyio.to_thread.run_sync(lending.make_room_ahead, starts_per_s, self.room_bytes)
+        except Exception:  # each job asks again when it starts
+            log.exception("asking lent memory back ahead of jobs")
 
     def describe(self) -> dict[str, object]:
         devices = list(dict.fromkeys(place.device for place in self.places))
@@ -268,7 +288,7 @@ class LocalBackend:
             await asyncio.wait(self._tasks, timeout=GRACE_S + 2)
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *filter(None, [self._ahead]), return_exceptions=True)
         for place in self.places:
             place.work = None
             place._end_lease()

@@ -269,6 +269,13 @@ def to_reclaim(gpu: GpuView, need_bytes: int, chunk_bytes: int = 1) -> int:
     return min(gpu.lent_bytes, ceil(missing / chunk_bytes) * chunk_bytes)
 
 
+def starts_per_s(load: RoleLoad) -> float:
+    """Jobs of a role that will begin in a second: what waits and arrives, as far as its GPUs get to it."""
+    busy = load.gpus - load.idle
+    able = load.idle + (busy / load.service_s if load.service_s > 0 else busy)
+    return min(load.waiting + load.arrival_per_s, able)
+
+
 def reclaim_ahead(gpus: list[GpuView], starts_per_s: float, lead_s: float, need_bytes: int) -> dict[int, int]:
     """Bytes to ask back by GPU index, before jobs wait for them: enough GPUs for the starts that lead_s will bring.
 

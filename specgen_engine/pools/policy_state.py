@@ -22,6 +22,7 @@ from .policy import (
     quiet_s,
     should_prepare,
     should_switch,
+    starts_per_s,
 )
 from .policy_queue import FairQueue, SearchState
 
@@ -244,6 +245,10 @@ class PoolState:
         """Advice for a search that would make `wanted` forks now (policy.admit)."""
         loads = self.load(Role.VALIDATE, now), self.load(Role.PROFILE, now)
         return admit(wanted, remaining_s, *loads, compile_s=compile_s, generate_s=generate_s)
+
+    def starts_per_s(self, now: float) -> float:
+        """Jobs that will begin in a second (policy.starts_per_s)."""
+        return sum(starts_per_s(self.load(role, now)) for role in Role)
 
     def decide(self, now: float) -> Decision:
         """Give jobs to idle GPUs. Afterwards a GPU idles beside waiting work only where the switching rules say so."""

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -25,6 +25,9 @@ from .base import Event, NoSlot, SlotDown, SlotUp, Work
 from .local import LocalBackend
 from .policy import Role
 
+if TYPE_CHECKING:
+    from .lending import LenderLending
+
 log = logging.getLogger(__name__)
 
 GPU_RESOURCE = "specgen_gpu_evaluator"
@@ -35,11 +38,23 @@ ACTOR_S = 60.0
 
 
 class SupervisorOptions(NamedTuple):
-    """workers: processes on one GPU (they compile side by side and take turns on it)."""
+    """workers: processes on one GPU (they compile side by side and take turns on it).
+
+    lend: how much of each GPU's memory (of the host's, on CPU nodes) servers may use for KV pages, as `specgen lend`
+    reads it; "" for none.  lend_directory: of the lenders' sockets; None for the usual one.
+    """
 
     limits: EvaluationLimits
     workers: int = 1
     cache: Path | None = None
+    lend: str = ""
+    lend_directory: Path | None = None
+
+
+def _lend(device: str, unit: str, options: SupervisorOptions) -> LenderLending:
+    from .lending import lend_spare  # the transport is a compiled part that not every evaluator needs
+
+    return lend_spare(device, options.lend, unit, options.lend_directory)
 
 
 class Supervisor:
@@ -47,7 +62,10 @@ class Supervisor:
 
     def __init__(self, options: SupervisorOptions, unit: str, gpu: bool) -> None:
         devices = ("cuda:0",) * options.workers if gpu else ("cpu",)  # Ray shows the actor only its own GPU
-        self._backend = LocalBackend(devices, limits=options.limits, cache=options.cache, unit=unit)
+        self._lending = _lend(devices[0], unit, options) if options.lend else None
+        self._backend = LocalBackend(
+            devices, limits=options.limits, cache=options.cache, unit=unit, lending=self._lending
+        )
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.roles: dict[int, Role] = {}
 
@@ -71,6 +89,9 @@ class Supervisor:
         self.roles[slot] = role
         self._backend.switch(slot, role)
 
+    async def expect(self, starts_per_s: float) -> None:
+        self._backend.expect(starts_per_s)
+
     async def cancel(self, slot: int, job: str) -> None:
         self._backend.cancel(slot, job)
 
@@ -79,6 +100,8 @@ class Supervisor:
 
     async def close(self) -> None:
         await self._backend.close()
+        if self._lending is not None:
+            await anyio.to_thread.run_sync(self._lending.close)
 
 
 class _Unit:
@@ -177,6 +200,7 @@ class RayBackend:
 
     def _lose(self, unit: _Unit, why: str) -> None:
         """An actor or its node is gone, or does not answer: then it is ended, so that it holds no GPU."""
+        log.warning("pool: supervisor %s is lost: %s", unit.unit, why)
         self.units.pop((unit.node, unit.unit), None)
         ray.kill(unit.actor, no_restart=True)
         for number in unit.slots.values():
@@ -203,6 +227,12 @@ class RayBackend:
         if slot in self._places:
             unit, local = self._places[slot]
             getattr(unit.actor, what).remote(local, *more)
+
+    def expect(self, starts_per_s: float) -> None:
+        """Each supervisor hears of its share."""
+        if self.options.lend:
+            for unit in self.units.values():
+                unit.actor.expect.remote(starts_per_s / len(self.units))
 
     def describe(self) -> dict[str, object]:
         return {"device": "ray", "workers": len(self._places), "restarts": self.restarts, "units": len(self.units)}

@@ -28,6 +28,7 @@ class Script:
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.work: dict[int, Work] = {}
+        self.expected = -1.0
         self.tell: Callable[[Event], None] = lambda event: None
 
     def open(self, tell: Callable[[Event], None]) -> None:
@@ -42,6 +43,9 @@ class Script:
 
     def cancel(self, slot: int, job: str) -> None:
         self.asked.append(("cancel", job))
+
+    def expect(self, starts_per_s: float) -> None:
+        self.expected = starts_per_s
 
     def kill(self, slot: int) -> None:
         self.asked.append(("kill", slot))
@@ -356,6 +360,28 @@ def test_admission_asks_for_fewer_forks_as_the_backlog_grows() -> None:
         late = driver.admission(4, 20.0, generate_s=1.0)
         assert (late.forks, late.feedback_s > 20.0) == (0, True)
         driver.cancel_search("s")
+
+    on_driver(use)
+
+
+def test_the_backend_hears_how_many_jobs_will_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "EXPECT_S", 0.01)
+
+    async def use(driver: Driver, script: Script) -> None:
+        script.up(0)
+        await asyncio.sleep(0.05)
+        assert script.expected == 0.0
+        for number in range(20):
+            submit(driver, str(number))
+        await asyncio.sleep(0.05)
+        busy = script.expected
+        assert 0.0 < busy < 1.0, "one slot, jobs of 5 s: no more than it gets to"
+        script.up(1)
+        await asyncio.sleep(0.05)
+        assert script.expected > busy
+        driver.cancel_search("s")
+        script.done(0, Status.CANCELLED)
+        script.done(1, Status.CANCELLED)
 
     on_driver(use)
 

@@ -48,6 +48,8 @@ def free_port() -> int:
         ({"gpus": (0,)}, "--gpus 0: the SGLang server of process 4711 uses it; .* use another one"),
         ({"cpus": 1, "join": "127.0.0.1:1"}, "--join 127.0.0.1:1: nothing answers there"),
         ({"cpus": 1, "join": "there"}, "--join there: use HOST:PORT"),
+        ({"cpus": 1, "lend": "much"}, "--specgen-kv-lend 'much': use auto or a size"),
+        ({"cpus": 1, "lend": "auto", "join": "127.0.0.1:1"}, "--lend: .* leave it out beside --join"),
     ],
 )
 def test_what_cannot_be_offered_is_refused_before_anything_starts(two_gpus, options: dict, message: str) -> None:
