@@ -1,0 +1,150 @@
+"""GLM-5 and DeepSeek-V4 in the modes they are served in: forks, restores, speed and accounts.
+
+    python -m bench.models --json F --logs DIR --cases glm5-small:plain glm5-small:mtp@1 deepseek-v4-small:plain@1
+
+A case is MODEL:MODE[@GPU]; modes: plain, fp8, mtp, tp2, tp2-mtp, tier. All servers start at once and are checked one
+after the other, the others idle. Real widths, few layers and experts, random weights that a token's whole context shows
+in (specgen_engine/models/weights.py). `--cases tiny:plain tiny:tier` rehearses all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.machine import new_report, write_report
+from bench.models_client import together
+from bench.models_forks import Shape, check_forks, prompt_of, slowdown, storm
+from bench.models_servers import Case, Running, case_of, start
+from bench.models_tier import LENGTHS, restores
+from specgen_engine.errors import SpecGenError
+
+SCHEMA = "specgen.models/1"
+STEPS = ("smoke", "forks", "restores", "slowdown", "storm")
+CPU = Shape(bases=2, forks=2, longest=96, tokens=96)
+CPU_LENGTHS = (512, 2_048)
+
+
+class Report:
+    """Rows, saved after each."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._content = {**new_report(SCHEMA, seed), "cases": {}}
+
+    def put(self, case: Case, step: str, row: Any) -> None:
+        with self._lock:
+            self._content["cases"].setdefault(case.name, {})[step] = row
+            write_report(self._path, self._content)
+        print(f"{case.name} {step}: {row}"[:1_500], flush=True)
+
+
+def smoke(running: Running) -> dict[str, Any]:
+    """Short and long prompts, one and several at once: does the model run at all, and does it repeat itself."""
+    client, longest = running.client, 96 if running.case.model == "tiny" else 4_096
+    row: dict[str, Any] = {"startup_s": running.startup_s}
+    for words in (3, longest // 2, longest):
+        ids = [1_000 + at % 997 for at in range(words)]
+        first, again = client.generate(ids, 12), client.generate(ids, 12)
+        row[f"prompt_{words}"] = {
+            "seconds": first.seconds,
+            "cached_again": again.cached,
+            "same": first.ids == again.ids,
+            "distinct": len(set(first.ids)),
+            "logprob": first.logprobs[0],
+        }
+    found = together([partial(client.generate, [2_000 + n, 3_000, 4_000 + n], 24) for n in range(4)])
+    row["at_once_s"] = max(one.seconds for one in found)
+    row["state"] = client.state()
+    return row
+
+
+def check(running: Running, steps: list[str], seed: int, report: Report) -> None:
+    """Each step by itself: one that fails leaves its error in the report, and the next one runs."""
+    shape = CPU if running.case.model == "tiny" else Shape()
+    lengths = CPU_LENGTHS if running.case.model == "tiny" else LENGTHS
+    calls: dict[str, Callable[[], Any]] = {
+        "smoke": lambda: smoke(running),
+        "forks": lambda: check_forks(running.client, seed, shape),
+        "slowdown": lambda: slowdown(running.client, seed + 1, shape),
+        "storm": lambda: storm(running.client, seed + 2, shape),
+    }
+    for step in steps:
+        if (step == "restores") != (running.case.mode == "tier") and step in ("restores", "slowdown", "storm"):
+            continue
+        try:
+            if step == "restores":
+                for row in restores(running, lengths):
+                    report.put(running.case, f"restore_{row['prefix_tokens']}", row)
+            else:
+                report.put(running.case, step, calls[step]())
+        except Exception as error:
+            report.put(
+                running.case, step, {"error": f"{type(error).__name__}: {error}"[:400], "log": tail(running.log)}
+            )
+            traceback.print_exc()
+
+
+def tail(log: Path, lines: int = 12) -> list[str]:
+    """The last lines that tell of an error, else the last."""
+    text = [line[:300] for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    marks = ("Error", "error:", "assert", "memory leak", "specgen:", "File ")
+    return ([line for line in text if any(mark in line for mark in marks)] or text)[-lines:]
+
+
+def run(cases: list[Case], steps: list[str], logs: Path, budget_s: float, seed: int, report: Report) -> int:
+    """Start all, check each as it is up. Returns how many cases never came up."""
+    end, failed = time.monotonic() + budget_s, 0
+    with ExitStack() as stack, ThreadPoolExecutor(len(cases)) as threads:
+        stacks = {case: stack.enter_context(ExitStack()) for case in cases}
+        waiting: dict[Future[Running], Case] = {
+            threads.submit(start, stacks[case], case, logs, budget_s - 20): case for case in cases
+        }
+        while waiting and time.monotonic() < end:
+            done, _ = wait(waiting, timeout=1.0, return_when="FIRST_COMPLETED")
+            for future in sorted(done, key=lambda one: cases.index(waiting[one])):
+                case = waiting.pop(future)
+                try:
+                    check(future.result(), steps, seed, report)
+                except SpecGenError as error:
+                    failed += 1
+                    log = logs / f"server_{case.model}_{case.mode}.log"
+                    lines = tail(log, 30) if log.exists() else []
+                    report.put(case, "start", {"error": str(error), "log": lines})
+                with contextlib.suppress(Exception):
+                    stacks[case].close()
+    return failed + len(waiting)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--cases", nargs="+", required=True, metavar="MODEL:MODE[@GPU]")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--budget-s", type=float, default=300)
+    parser.add_argument("--seed", type=int, default=9)
+    args = parser.parse_args()
+    try:
+        cases = [case_of(text) for text in args.cases]
+    except SpecGenError as error:
+        print(f"bench.models: {error}", file=sys.stderr)
+        return 2
+    print(f"steps: {' '.join(args.steps)}; first prompt: {prompt_of(args.seed, 4)}", flush=True)
+    return 1 if run(cases, args.steps, args.logs, args.budget_s, args.seed, Report(args.json, args.seed)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Evicted prefixes of bench.models, restored from the peer GPU: tokens, seconds and bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from bench.kv_tier_client import random_ids
+from bench.models_client import Client, Generated
+from bench.models_forks import TOLERANCE
+from bench.models_servers import Running
+
+LENGTHS = (8_192, 32_768, 131_072)
+ANSWER = 16
+SUFFIX = 8
+
+
+def restores(running: Running, lengths: tuple[int, ...] = LENGTHS) -> Iterator[dict[str, Any]]:
+    """A row a length: computed, evicted by another prompt of the pool's size, restored, found in the own cache.
+
+    Tokens and first logprobs are compared with the computed answer's; the pool holds one prefix of the longest length.
+    """
+    client = running.client
+    client.flush()
+    filler = random_ids(99, max(lengths))
+    computed = {length: ask(client, length) for length in lengths}
+    client.generate(filler, 1)
+    _settle(client)
+    for length in lengths:
+        client.generate(filler, 1)
+        before = _counts(client)
+        restored = ask(client, length)
+        after = _counts(client)
+        own = [ask(client, length) for _ in range(3)]
+        moved = after.get("restored_bytes", 0) - before.get("restored_bytes", 0)
+        busy = after.get("restore_seconds", 0.0) - before.get("restore_seconds", 0.0)
+        yield {
+            "prefix_tokens": length,
+            "recompute_s": computed[length].seconds,
+            "peer_s": restored.seconds,
+            "own_s": statistics.median(one.seconds for one in own),
+            "recompute_over_peer": computed[length].seconds / restored.seconds,
+            "restored_tokens": restored.restored,
+            "restored_bytes": moved,
+            "bytes_per_token": moved / restored.restored if restored.restored else None,
+            "gbps": moved / busy / 1e9 if busy else None,
+            "tokens_equal": restored.ids == computed[length].ids,
+            "logprob": abs(restored.logprobs[0] - computed[length].first.get(restored.ids[0], float("-inf"))),
+            "tolerance": TOLERANCE,
+            "state": client.state(),
+        }
+
+
+def ask(client: Client, length: int) -> Generated:
+    return client.generate(random_ids(length, length) + random_ids(7, SUFFIX), ANSWER)
+
+
+def _settle(client: Client, seconds: float = 1.0) -> None:
+    """Writes to the peer end beside the requests; the scheduler looks at them when it is asked."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        client.state()
+        time.sleep(0.1)
+
+
+def _counts(client: Client) -> dict[str, float]:
+    _settle(client, 0.3)
+    counts: dict[str, float] = client.state().get("specgen_kv", {}).get("counts", {})
+    return counts
