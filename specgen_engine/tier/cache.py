@@ -6,6 +6,7 @@ Everything else is HiRadixCache's own: eviction, write-through, load-back layer 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -165,6 +166,7 @@ class TierRadixCache(HiRadixCache):
 
     def init_load_back(self, params: InitLoadBackParams) -> Any:
         """Only what every rank can read is loaded; the rest of the prefix is computed again."""
+        began = time.perf_counter()
         end, held = self._readable(params.best_match_node)
         params.best_match_node = end
         indices, node = super().init_load_back(params)
@@ -177,7 +179,15 @@ class TierRadixCache(HiRadixCache):
                 held.release()
         if params.req is not None:
             params.req.host_hit_length = len(indices)
+        self.stats.add("admission_seconds", time.perf_counter() - began)
         return indices, node
+
+    def ready_to_load_host_cache(self) -> int:
+        began = time.perf_counter()
+        consumer: int = super().ready_to_load_host_cache()
+        if consumer >= 0:
+            self.stats.add("admission_seconds", time.perf_counter() - began)
+        return consumer
 
     def _readable(self, node: Any) -> tuple[Any, Any]:
         """(the last node down to which all ranks can read, this rank's hold on those pages)."""

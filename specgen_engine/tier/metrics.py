@@ -12,6 +12,7 @@ COUNTERS = {
     "write_seconds": "Seconds spent writing (only where writing waits: loopback).",
     "restore_seconds": "Seconds of restores, first byte to last.",
     "restores": "Prefixes restored.",
+    "admission_seconds": "Seconds that the scheduler itself spent on restores before their forward.",
     "restored_tokens": "Tokens of restored prefixes.",
     "hit_tokens_device": "Prompt tokens found in the GPU's own cache.",
     "hit_tokens_tier": "Prompt tokens restored from the tier.",

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 IMPORT_LANE, EXPORT_LANE = 1, 2
 STORAGE_WAIT_S = 0.5
+LAYERS_PER_LAUNCH = 4
 
 
 class PageMover(Protocol):
@@ -51,6 +52,21 @@ def refs_of(held: list[Hold]) -> PageRefs:
     return PageRefs(
         np.concatenate([one.refs.pages for one in held]), np.concatenate([one.refs.generations for one in held])
     )
+
+
+def launch_groups(layers: int, most: int = LAYERS_PER_LAUNCH) -> list[range]:
+    """The layers that one launch moves, in order: 1, 1, 2, then `most` at a time.
+
+    The first layers come alone, so that the forward can begin. Later ones arrive before they are needed; together they
+    cost fewer launches, which the scheduler makes before it can launch the forward.
+    """
+    groups: list[range] = []
+    at = 0
+    while at < layers:
+        size = min(max(1, at), most)
+        groups.append(range(at, min(layers, at + size)))
+        at += size
+    return groups
 
 
 class LoopbackMover:
@@ -126,10 +142,10 @@ class _Ended(NamedTuple):
 
 
 class CudaMover:
-    """One kernel a layer on the controller's load stream, one for all layers on its write stream.
+    """A kernel for one to four layers on the controller's load stream, one for all layers on its write stream.
 
     Tables are made on the host and copied without waiting. Restores overlap the forward: a layer's attention waits for
-    that layer's pages only (HiCache's own events).
+    the launch that brings that layer's pages only (HiCache's own events).
     """
 
     def __init__(self, shape: PageShape, arena: PageArena, stats: Stats) -> None:
@@ -138,9 +154,13 @@ class CudaMover:
         per_layer = shape.planes_per_layer
         backend: Any = copy(arena.backend)
         backend.staging_bytes = 0  # a layer's share is moved by one kernel: no staging memory for each
-        self._layers: list[Any] = [
-            backend.copier(_kv.select_planes(arena.layout, at, per_layer), arena.space.base)
-            for at in range(0, len(shape.planes), per_layer)
+        self._groups = launch_groups(shape.layers)
+        self._first = {group.start: number for number, group in enumerate(self._groups)}
+        self._copiers: list[Any] = [
+            backend.copier(
+                _kv.select_planes(arena.layout, group.start * per_layer, len(group) * per_layer), arena.space.base
+            )
+            for group in self._groups
         ]
         self._import: _Transfer | None = None
         self._ended: list[_Ended] = []
@@ -150,7 +170,9 @@ class CudaMover:
         return (device_indices[:: self._shape.page_size] // self._shape.page_size).to(self._device, torch.int64)
 
     def _table(self, refs: PageRefs) -> torch.Tensor:
-        table = torch.from_numpy(np.stack([refs.pages, refs.generations.view(np.int64)])).pin_memory()
+        table = torch.empty((2, len(refs)), dtype=torch.int64, pin_memory=True)
+        rows = table.numpy()
+        rows[0], rows[1] = refs.pages, refs.generations.view(np.int64)
         return table.to(self._device, non_blocking=True)
 
     def export(self, device_indices: torch.Tensor, chosen: NDArray[np.int64], refs: PageRefs) -> None:
@@ -173,13 +195,20 @@ class CudaMover:
         self.settle()
         start = torch.cuda.Event(enable_timing=True)
         start.record(torch.cuda.current_stream(self._device))
-        flags = torch.zeros((len(self._layers), len(refs)), dtype=torch.int32, device=self._device)
+        flags = torch.zeros((len(self._groups), len(refs)), dtype=torch.int32, device=self._device)
         self._import = _Transfer(self._pages(device_indices), self._table(refs), flags, len(refs), held, start)
 
     def import_layer(self, layer: int) -> None:
         transfer = self._import
         assert transfer is not None, "layers come after begin_import"
-        table, flags = transfer.table, transfer.flags[layer]
+        stream = torch.cuda.current_stream(self._device)
+        if layer in self._first:
+            self._launch(transfer, self._first[layer], stream)
+        if layer == self._groups[-1].stop - 1:
+            self._finish(transfer, stream)
+
+    def _launch(self, transfer: _Transfer, group: int, stream: torch.cuda.Stream) -> None:
+        table, flags = transfer.table, transfer.flags[group]
         addresses = _kv.DeviceTables(
             transfer.device_pages.data_ptr(),
             table[0].data_ptr(),
@@ -188,12 +217,9 @@ class CudaMover:
             transfer.pages,
             1,
         )
-        stream = torch.cuda.current_stream(self._device)
-        copier = self._layers[layer]
+        copier = self._copiers[group]
         config = copier.select(_kv.Direction.IMPORT, transfer.pages)
         copier.launch(_kv.Direction.IMPORT, addresses, config, stream.cuda_stream, IMPORT_LANE)
-        if layer == len(self._layers) - 1:
-            self._finish(transfer, stream)
 
     def _finish(self, transfer: _Transfer, stream: torch.cuda.Stream) -> None:
         event = torch.cuda.Event(enable_timing=True)

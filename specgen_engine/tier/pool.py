@@ -73,6 +73,7 @@ class ArenaPool(HostKVCache):
         self.limit = page_num
         self.lock = threading.RLock()
         self._arena_pages = np.full(page_num, NO_PAGE, np.int64)
+        self._backed = 0  # logical pages with an arena page
         self._generations = np.zeros(page_num, np.uint64)
         self._freed_in_flight: list[PageRefs] = []
         self._waiting: list[Hold] = []  # pages of restores that the controller has not started yet
@@ -216,8 +217,7 @@ class ArenaPool(HostKVCache):
     def capacity(self) -> int:
         """Pages that can be backed: those that are, and those that could be allocated."""
         with self.lock:
-            backed = int(np.count_nonzero(self._arena_pages != NO_PAGE))
-        return min(self.page_num, backed + allocatable(self.arena))
+            return min(self.page_num, self._backed + allocatable(self.arena))
 
     @synchronized
     def move(self, old: PageRefs, new: PageRefs) -> int:
@@ -239,6 +239,8 @@ class ArenaPool(HostKVCache):
             counts = self.arena.check_integrity()
             used = self.slot_used[:: self.page_size].numpy()
             backed = self._arena_pages != NO_PAGE
+            if self._backed != int(backed.sum()):
+                raise KvError(f"tier: {int(backed.sum())} logical pages are backed, {self._backed} were counted")
             if bool((backed & ~used).any()):
                 raise KvError(f"tier: {int((backed & ~used).sum())} arena pages back logical pages that are free")
             live = int(np.count_nonzero(current(self.arena, self._refs(np.flatnonzero(backed)))))
@@ -263,6 +265,7 @@ class ArenaPool(HostKVCache):
         if room:
             refs = self.arena.allocate(room)
             self._arena_pages[pages[:room]], self._generations[pages[:room]] = refs.pages, refs.generations
+            self._backed += room
 
     def _lose(self, pages: NDArray[np.int64]) -> None:
         with self.lock:
@@ -273,6 +276,7 @@ class ArenaPool(HostKVCache):
         backed = pages[self._arena_pages[pages] != NO_PAGE]
         refs = self._refs(backed)
         self._arena_pages[backed], self._generations[backed] = NO_PAGE, 0
+        self._backed -= len(backed)
         self._release(refs)
 
     def _release(self, refs: PageRefs) -> None:
