@@ -114,7 +114,7 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
     words = ["--enable-specgen", "--model-path", str(folder), *GPU_ARGUMENTS, *FORK_ARGUMENTS, *tier]
     words += server_arguments(facts, "fp8_e4m3" if fp8 else "bfloat16")
     words += ["--reasoning-parser", facts.reasoning_parser, "--max-total-tokens", str(pool)]
-    words += ["--mem-fraction-static", "0.6", "--base-gpu-id", str(case.gpu)]
+    words += ["--mem-fraction-static", "0.85", "--base-gpu-id", str(case.gpu)]
     words += ["--swa-full-tokens-ratio", "0.5"] if facts.attention == "dsv4" else []
     words += ["--tp-size", "2"] if case.mode.startswith("tp2") else []
     words += MTP if case.mode.endswith("mtp") else ()
