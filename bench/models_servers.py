@@ -36,7 +36,10 @@ FORK_ARGUMENTS = (
     "--specgen-scheduler-batch-share",
     "1",
 )
-MTP = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+MTP = (
+    *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"),
+    *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
+)
 MTP_NAME = "speculative decoding with a chain of drafts (MTP, EAGLE)"
 TIER_POOL, FORK_POOL = 147_456, 131_072
 LENT = "3GiB"
