@@ -1,15 +1,16 @@
 """Evaluations of which every fifth hangs, crashes, runs out of memory, forks without end or is killed from outside.
 
-    python -m bench.evaluation_storm --json F [--evaluations 500] [--device cpu] [--workers 1]
+    python -m bench.evaluation_storm --json F [--evaluations 500] [--device cpu] [--workers 1] [--seconds S]
 
 Shows that every job gets its verdict, that no process is left, that the next job after a hang runs soon, and (on a
-GPU) that its memory is what it was.
+GPU) that its memory is what it was. After S seconds none is begun any more; the report says how many were.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import signal
@@ -62,8 +63,12 @@ GPU_HANG = "flag = torch.zeros(1, device=x.device); _spin[(1,)](flag); return x"
 
 @dataclass
 class Seen:
-    """next_after_hang: seconds from a hang's verdict until the same worker's next job had the device."""
+    """next_after_hang: seconds from a hang's verdict until the next job had the device, of several workers for timing.
 
+    begun: how many were submitted.
+    """
+
+    begun: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     next_after_hang: list[float] = field(default_factory=list)
@@ -79,27 +84,32 @@ def candidate_of(number: int, fault: str, device: str) -> Candidate:
     return Candidate(f"{top}# {number}\n{CLASS}{body}\n")
 
 
-async def storm(pool: LocalPool, count: int, seed: int, at_once: int, kill_workers: bool) -> Seen:
+async def storm(
+    pool: LocalPool, count: int, seed: int, at_once: int, kill_workers: bool, seconds: float = math.inf
+) -> Seen:
     """Submit count evaluations, at_once at a time; what each fifth does wrong is drawn with the seed."""
     rng = random.Random(seed)
     seen = Seen()
     hung_at: dict[str, float] = {}
+    ends = time.monotonic() + seconds
+    device_is_taken = Stage.CHECK if at_once == 1 else Stage.TIME
     room = asyncio.Semaphore(at_once)
     faults = [rng.choice(list(FAULTS)) if number % 5 == 4 else "" for number in range(count)]
 
     async def one(number: int, fault: str) -> None:
         async with room:
+            if time.monotonic() > ends:
+                return
+            seen.begun += 1
             job = pool.submit(TASK, candidate_of(number, fault, str(pool.snapshot()["device"])), search="storm")
             killer = asyncio.create_task(_kill_when_running(job, rng, kill_workers)) if fault == "kill" else None
-            checked = 0.0
             async for stage in job.events():
-                checked = time.monotonic() if stage is Stage.CHECK else checked
+                if stage is device_is_taken and "at" in hung_at:
+                    seen.next_after_hang.append(round(time.monotonic() - hung_at.pop("at"), 3))
             verdict = await asyncio.wait_for(job.verdict(), 120)
             if killer is not None:
                 await killer
             _note(seen, number, fault, verdict)
-            if at_once == 1 and "at" in hung_at and checked:
-                seen.next_after_hang.append(round(checked - hung_at.pop("at"), 3))
             if fault == "hang":
                 hung_at["at"] = time.monotonic()
 
@@ -118,13 +128,17 @@ def _note(seen: Seen, number: int, fault: str, verdict: Verdict) -> None:
 
 
 async def _kill_when_running(job: Any, rng: random.Random, kill_workers: bool) -> None:
-    """SIGKILL a process of the evaluation's, picked at random: a candidate's, a judge's or the worker itself."""
+    """SIGKILL a process of the evaluation's, picked at random: a candidate's, a judge's or the worker itself.
+
+    Of this storm's workers only: those in its folder, which is where this process makes temporary files meanwhile.
+    """
     async for stage in job.events():
         if stage in (Stage.COMPILE, Stage.CHECK, Stage.TIME):
             break
     else:
         return
-    workers = [one for one in psutil.Process().children() if "worker_main" in " ".join(one.cmdline())]
+    mine = f"{tempfile.gettempdir()}{os.sep}"
+    workers = [one for one in psutil.Process().children() if any(part.startswith(mine) for part in one.cmdline())]
     below = [process for worker in workers for process in worker.children(recursive=True)]
     targets = (workers + below) if kill_workers else [one for one in below if "gpustate" not in " ".join(one.cmdline())]
     try:
@@ -157,10 +171,12 @@ def gpu_memory_mib(device: str) -> int | None:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
 
 
-def measure(count: int, device: str, workers: int, seed: int, *, kill_workers: bool = True) -> dict[str, Any]:
+def measure(
+    count: int, device: str, workers: int, seed: int, *, kill_workers: bool = True, seconds: float = math.inf
+) -> dict[str, Any]:
     """The whole of it, in a folder of its own; asserts nothing."""
     limits = EvaluationLimits(
-        check_s=4 if device.startswith("cuda") else 1,
+        check_s=2 if device.startswith("cuda") else 1,
         time_s=10,
         timing_budget_s=0.05,
         memory_bytes=2 << 30,
@@ -170,31 +186,39 @@ def measure(count: int, device: str, workers: int, seed: int, *, kill_workers: b
         before, known = gpu_memory_mib(device), tempfile.tempdir
         tempfile.tempdir = name
         try:
-            seen, seconds, restarts = asyncio.run(_run(count, device, workers, seed, limits, kill_workers, Path(name)))
+            running = _run(count, device, workers, seed, limits, kill_workers, Path(name), seconds)
+            seen, spent, restarts = asyncio.run(running)
         finally:
             tempfile.tempdir = known
         return {
-            "evaluations": count,
+            "evaluations": seen.begun,
             "workers": workers,
-            "seconds": round(seconds, 1),
+            "seconds": round(spent, 1),
             "verdicts": dict(sorted(seen.statuses.items())),
             "lost_jobs": seen.lost,
             "unexpected": seen.wrong,
             "worker_restarts": restarts,
-            "seconds_from_a_hang_to_the_next_check": seen.next_after_hang,
+            f"seconds_from_a_hang_to_the_next_{'check' if workers == 1 else 'timing'}": seen.next_after_hang,
             "processes_left": left_over(Path(name)),
             "gpu_memory_mib": None if before is None else [before, gpu_memory_mib(device)],
         }
 
 
 async def _run(
-    count: int, device: str, workers: int, seed: int, limits: EvaluationLimits, kill_workers: bool, folder: Path
+    count: int,
+    device: str,
+    workers: int,
+    seed: int,
+    limits: EvaluationLimits,
+    kill_workers: bool,
+    folder: Path,
+    seconds: float,
 ) -> tuple[Seen, float, int]:
     pool = LocalPool(workers=workers, device=device, limits=limits, cache=folder / "builds")
     await pool.start()
     start = time.monotonic()
     try:
-        seen = await storm(pool, count, seed, workers, kill_workers)
+        seen = await storm(pool, count, seed, workers, kill_workers, seconds)
         return seen, time.monotonic() - start, int(str(pool.snapshot()["restarts"]))
     finally:
         await pool.close()
@@ -211,8 +235,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="none is begun after so long")
     args = parser.parse_args()
-    found = measure(args.evaluations, args.device, args.workers, args.seed)
+    found = measure(args.evaluations, args.device, args.workers, args.seed, seconds=args.seconds)
     report = new_report("specgen.storm/1", args.seed, "bench.evaluation_storm")
     write_report(args.json, report | {"device": args.device} | found)
     print(found)

@@ -7,7 +7,7 @@ import secrets
 import time
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import children, sandbox
 from .base import Status
@@ -16,12 +16,11 @@ from .children import Child
 from .clock import supervisor_clock
 from .gpustate import conditions
 from .guards import Guard
-from .timing import Speedup, skips_repeats, speedup, works_on
+from .timing import Speedup, skips_repeats, speedup, stated, works_on
 from .worker import Ended, JudgeLost, Worker
 
 CLOCK_SETTLES_S = 0.0003
 EXTRA_S = 5.0
-BLOCK_NS = 40_000_000
 MAX_REPEATS = 500
 MIN_REPEATS = 8
 MIN_BLOCKS = 3
@@ -31,6 +30,26 @@ UNSEEN_FACTOR, UNSEEN_SLACK_NS = 0.5, 6_000_000
 CALL_SLACK_NS = 40_000
 """The slack is a scheduler tick: another process's CPU clock is brought up to date when it blocks, else every 4 ms.
 A call's slack, on a GPU: a launch from Python takes that long on the host, hidden behind the flush of the L2."""
+
+
+class Pace(NamedTuple):
+    """How long a block of calls takes.
+
+    block_ns: of timed calls.  wall_share: so many nanoseconds of the wall clock fill as much of a block as a timed one,
+    since short kernels' blocks are mostly flushes of the L2.  slack_ns: see UNSEEN_SLACK_NS.
+    apart: the reference, which is mostly the slower one, is called as often as fills a block of its own. Not on a CPU:
+    what the harness takes around a call is scaled then, and with it the ticks of another process's CPU clock.
+    """
+
+    block_ns: int
+    wall_share: int
+    slack_ns: int
+    apart: bool
+
+
+ON_CPU = Pace(40_000_000, 4, UNSEEN_SLACK_NS, apart=False)
+ON_GPU = Pace(20_000_000, 2, UNSEEN_SLACK_NS // 2, apart=True)
+"""A GPU's clocks are events and the wall clock: finer, so blocks are shorter, and the GPU is free sooner."""
 
 
 class Timed(Checked):
@@ -46,6 +65,8 @@ class Timed(Checked):
         self.goes_on: list[bool] = []
         self.lent = bool(request.get("lent"))  # the device's memory, to the KV tier
         self.use = "turn"
+        self.pace = ON_GPU if worker.on_gpu else ON_CPU
+        self.reference_repeats = MAX_REPEATS
         self.extra_ms: dict[str, float] = {}
         self.conditions: dict[str, Any] = {}
 
@@ -62,7 +83,7 @@ class Timed(Checked):
         first = self._block(slots)
         self.fresh = first
         self._show(slots[-1])
-        count = self._repeats_for_a_block(first)
+        count = self._repeats_for_a_block(first, self.walls[1])
         budget = time.monotonic() + self.limits.timing_budget_s
         self.reference.clear()
         self.unseen.clear()
@@ -74,7 +95,7 @@ class Timed(Checked):
             sequence.append(slots[block % len(slots)])
             times = self._block(sequence)
             self.repeats += times
-            count = self._repeats_for_a_block(times)
+            count = self._repeats_for_a_block(times, self.walls[1])
             with self.step("interval"):
                 result = speedup(self.reference, self.repeats, seed=len(self.repeats))
             enough = len(self.repeats) >= MIN_REPEATS and result.half_width <= self.limits.precision
@@ -87,23 +108,26 @@ class Timed(Checked):
         if worker.on_gpu or self.lent:
             self.conditions = {"use": self.use} | conditions(before, self._gpu_state())
         self._reject_tricks()
-        return result
+        return stated(result)
 
     def _gpu_state(self) -> dict[str, Any]:
         with self.step("clocks"):
             return self.worker.gpu_state.read() if self.worker.gpu_state else {}
 
-    def _repeats_for_a_block(self, times: list[int]) -> int:
-        """As many as fill a block at the pace of these; fewer when the wall clock runs much faster than the CPU's."""
-        return max(2, min(MAX_REPEATS, int(BLOCK_NS * len(times) / max(sum(times), self.wall_ns / 4, 1))))
+    def _repeats_for_a_block(self, times: list[int], wall_ns: int) -> int:
+        """As many as fill a block at the pace of these; fewer when the wall clock runs much faster than theirs."""
+        spent = max(sum(times), wall_ns / self.pace.wall_share, 1)
+        return max(2, min(MAX_REPEATS, int(self.pace.block_ns * len(times) / spent)))
 
-    def _block(self, sequence: list[int]) -> list[int]:
+    def _block(self, candidate_sequence: list[int]) -> list[int]:
         """The reference, then the candidate, on the same slots; both are also timed from here."""
         spent: list[int] = []
         walls: list[int] = []
         times: list[list[int]] = []
         late: list[list[int]] = []
-        for child, doing in ((self.judge, "timing the reference"), (self.child, "timing")):
+        sequences = (candidate_sequence[-self.reference_repeats :], candidate_sequence)
+        roles = ((self.judge, "timing the reference"), (self.child, "timing"))
+        for sequence, (child, doing) in zip(sequences, roles, strict=True):
             runs_code = children.innermost(child.pid, sandbox.around(self.worker.level))
             now = supervisor_clock(self.worker.device, self.limits.threads, runs_code)
             start, began = now(), time.perf_counter_ns()
@@ -112,16 +136,19 @@ class Timed(Checked):
             answer = self.worker.reply(child, left, doing)
             walls.append(time.perf_counter_ns() - began)
             self.own_s += walls[-1] / 1e9
-            time.sleep(CLOCK_SETTLES_S)
+            if not self.worker.on_gpu:
+                time.sleep(CLOCK_SETTLES_S)
             spent.append(now() - start)
             times.append(_times(child, answer, len(sequence), spent[-1]))
             late.append(_late(answer))
         self.goes_on.append(works_on(late[1], late[0], times[1]))
         self.reference += times[0]
-        around = (spent[0] - sum(times[0]), spent[1] - sum(times[1]))
+        around = (spent[0] - sum(times[0])) * len(times[1]) // len(times[0]), spent[1] - sum(times[1])
         self.unseen.append((around[1] - around[0], sum(times[1])))
         self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])
-        self.wall_ns, self.calls = walls[1], len(sequence)
+        self.walls, self.calls = walls, len(times[1])
+        if self.pace.apart:
+            self.reference_repeats = max(MIN_REPEATS, self._repeats_for_a_block(times[0], walls[0]))
         return times[1]
 
     def _show(self, slot: int) -> None:
@@ -137,7 +164,7 @@ class Timed(Checked):
             raise Ended(Status.REJECTED, "it is fast only on inputs that it has seen before")
         if all(self.goes_on) and Guard.STREAMS not in self.off:
             raise Ended(Status.REJECTED, "the GPU works on after the call's stream is done: a stream is not joined")
-        slack = UNSEEN_SLACK_NS + (CALL_SLACK_NS * self.calls if self.worker.on_gpu else 0)
+        slack = self.pace.slack_ns + (CALL_SLACK_NS * self.calls if self.worker.on_gpu else 0)
         hides = median(extra - UNSEEN_FACTOR * told for extra, told in self.unseen) > slack
         if hides and Guard.OUTSIDE_CLOCK not in self.off:
             raise Ended(Status.REJECTED, "it reports less time than the supervisor's clock saw")

@@ -56,6 +56,10 @@ def import_for_children(device: str) -> None:
         import triton
         import triton.language  # noqa: F401  (0.5 s that each candidate would spend)
 
+        from .triton_warmup import warm_up_compiler
+
+        warm_up_compiler()
+
     from . import compare, evaluate, gpumemory, judge, subject, timing, warm  # noqa: F401
 
     timing.speedup([1, 2, 3], [1, 2, 3])  # numpy's generator: 70 ms when first used

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from specgen_engine.evaluation.base import Candidate, Status, Verdict
+from specgen_engine.evaluation.base import Candidate, Stage, Status, Verdict
 from specgen_engine.pools.local import LocalPool
 
 from .conftest import LIMITS, TASK, module
@@ -55,3 +56,50 @@ def test_verdicts_on_a_gpu(tmp_path: Path) -> None:
     assert wrong.status is Status.WRONG, wrong
     assert hang.status is Status.TIMEOUT, hang
     assert again.status is Status.CORRECT, again
+
+
+AFTER_SIX = "self.calls += 1\nif self.calls > 6:\n    _hang[(1,)](torch.zeros(1, device=x.device))\n"
+CANCELLED = {
+    Stage.COMPILE: module(top="import time\ntime.sleep(3600)"),
+    Stage.CHECK: module("y = torch.zeros(1, device=x.device)\n_hang[(1,)](y)\nreturn x", top=HANG),
+    Stage.TIME: module(AFTER_SIX + "return torch.softmax(x, -1) * self.weight", top=HANG, init="self.calls = 0"),
+}
+
+
+async def _cancel_at(pool: LocalPool, stage: Stage) -> tuple[Verdict, float]:
+    """The verdict, and the seconds from the call of cancel() to it."""
+    job = pool.submit(TASK, Candidate(CANCELLED[stage]), search="cancel")
+    async for reached in job.events():
+        if reached is stage:
+            break
+    await asyncio.sleep(1.0 if stage is Stage.CHECK else 0.3)  # a kernel is compiled first
+    start = time.monotonic()
+    job.cancel()
+    return await job.verdict(), time.monotonic() - start
+
+
+@pytest.mark.gpu(count=1)
+def test_cancelled_within_200_ms_at_any_stage_and_the_gpu_goes_on(tmp_path: Path) -> None:
+    """Hung kernels among them: the next candidate, which needs the GPU alone, has its verdict soon."""
+
+    async def session() -> list[tuple[Stage, Verdict, float, Verdict, float]]:
+        pool = LocalPool(workers=1, device="cuda:0", limits=replace(LIMITS, check_s=20), cache=tmp_path)
+        await pool.start()
+        try:
+            first = await pool.submit(TASK, Candidate(module()), search="test").verdict()
+            assert first.status is Status.CORRECT, first
+            found = []
+            for stage in CANCELLED:
+                cancelled, seconds = await _cancel_at(pool, stage)
+                start = time.monotonic()
+                after = await pool.submit(TASK, Candidate(module(top=f"# {stage}")), search="test").verdict()
+                found.append((stage, cancelled, seconds, after, time.monotonic() - start - sum(after.stages.values())))
+            return found
+        finally:
+            await pool.close()
+
+    for stage, cancelled, seconds, after, delay in asyncio.run(session()):
+        assert cancelled.status is Status.CANCELLED, (stage, cancelled)
+        assert seconds < 0.2, stage
+        assert after.status is Status.CORRECT, (stage, after)
+        assert delay < 2.0, stage
