@@ -6,12 +6,13 @@
 #   rate   60 Triton and 60 CUDA answers, warm pool and fresh processes; the pool's verdicts are a second run of "judge"
 #   storm  500 evaluations, every fifth faulty, as many as fit
 #   tests  tests/evaluation/test_cuda.py and the GPU's exploits
+#   profile  one Triton answer under ncu, the candidate confined
 # Answers whose compiled library is in PACK are not compiled: a stand-in for ninja puts the library in its place, for the
 # fresh processes too. DEVICE=cpu is a rehearsal. Leaves in OUT: evaluation.json (written after every verdict),
-# evaluation_storm.json, *.log.
+# evaluation_storm.json, profile_ncu.json, *.log.
 set -u
 pack=$(realpath "$1") total=${2:-415}
-DEVICE=${DEVICE:-cuda:0} STEPS=${STEPS:-judge rate storm tests} LABEL=${LABEL:-$(date +%F)}
+DEVICE=${DEVICE:-cuda:0} STEPS=${STEPS:-judge rate storm tests profile} LABEL=${LABEL:-$(date +%F)}
 LIGHT_WORKERS=${LIGHT_WORKERS:-4} WORKERS=${WORKERS:-4} HOST_FOLDER=${HOST_FOLDER:-/opt/specgen-evaluation}
 export OUT PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site"
 SPECGEN_COMMIT=$(cat "$pack/COMMIT")
@@ -57,7 +58,7 @@ grep -h ' s, sandbox' out/judge.log
 step rate 210 "${bench[@]}" --throughput 60 --rate-s "${RATE_S:-58}" --fresh-s "${FRESH_S:-32}"
 grep -hE '^(triton|cuda) ' out/rate.log
 sed -n '/^{/,$p' out/rate.log | head -c 5000
-room=$((total - SECONDS - 75))
+room=$((total - SECONDS - 110))
 [ "$room" -le 130 ] || room=130
 step storm $((room + 20)) python3 -m bench.evaluation_storm --json out/evaluation_storm.json --evaluations 500 \
     --device "$DEVICE" --workers "$LIGHT_WORKERS" --seconds "$room"
@@ -65,6 +66,9 @@ tail -c 1500 out/storm.log
 step tests 70 python3 -m pytest tests/evaluation/test_cuda.py tests/exploits/test_exploits.py -m gpu -q -p no:cacheprovider \
     --timeout 60
 tail -n 25 out/tests.log
+step profile 40 python3 -m bench.profiles traces ours/rmsnorm_residual/iter-1/final.md --tools ncu --json out/profile_ncu.json \
+    --device "$DEVICE" --profile-s 30
+tail -n 20 out/profile.log
 nvidia-smi --query-gpu=memory.used,clocks.sm --format=csv,noheader
 pgrep -cf worker_main
 rm -f out

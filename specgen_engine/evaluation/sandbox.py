@@ -25,7 +25,7 @@ from pathlib import Path
 
 FULL, KERNEL, PROCESS = "namespaces+landlock+seccomp", "landlock+seccomp", "process"
 FILES = "landlock (files)"
-"""For profilers, which inject code, open sockets and read counters: file access alone is confined."""
+"""For a candidate under a profiler, which opens sockets to it: file access and signals alone are confined."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -177,7 +177,7 @@ def _restrict_files(policy: Policy) -> None:
     abi = _check(_libc.syscall(_CREATE_RULESET, None, 0, 1), "landlock")
     handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     network = 0b11 if abi >= 4 and policy.level != FILES else 0
-    scoped = 0b11 if abi >= 6 else 0
+    scoped = (0b10 if policy.level == FILES else 0b11) if abi >= 6 else 0  # the profiler's abstract socket lies outside
     attributes = struct.pack("QQQ", handled, network, scoped)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     rules = _check(_libc.syscall(_CREATE_RULESET, attributes, size, 0), "landlock ruleset")

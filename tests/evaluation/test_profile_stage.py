@@ -17,6 +17,7 @@ import pytest
 
 from specgen_engine.evaluation.base import Candidate, Stage, Status, Verdict
 from specgen_engine.evaluation.profile.base import Profile
+from specgen_engine.evaluation.sandbox import files_level
 
 from .conftest import LIMITS, TASK, PoolThread, module
 
@@ -29,12 +30,16 @@ if "--query-metrics" in sys.argv:
     print("sm__ops_path_tensor_src_bf16_dst_fp32  Counter  op")
     sys.exit()
 log = Path(sys.argv[sys.argv.index("--log-file") + 1])
+with Path(__file__).with_name("runs").open("a") as runs:
+    runs.write("run ")
 program = sys.argv[sys.argv.index(sys.executable) :] if sys.executable in sys.argv else sys.argv[-4:]
 if mode == "hang":
     subprocess.Popen(["sleep", "987654"], start_new_session=True)
     time.sleep(600)
 if mode == "dies":
     sys.exit(11)
+if mode == "own files":  # as ncu's report and lock: where it likes
+    log.parent.parent.with_name("report-of-its-own").write_text("here")
 code = subprocess.run(program).returncode
 if mode == "denied":
     log.write_text("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access counters\\n")
@@ -59,6 +64,7 @@ class Bench:
 
     def set_mode(self, mode: str) -> None:
         (self.programs / "mode").write_text(mode)
+        (self.programs / "runs").write_text("")
 
     def submit(self, source: str, tool: str) -> Verdict:
         async def run() -> Verdict:
@@ -129,6 +135,38 @@ def test_ncu_runs_the_candidate_in_a_process_of_its_own_and_its_figures_are_kept
     assert "MemoryWorkloadAnalysis" in found.sections
     assert found.sandbox in ("landlock (files)", "process")
     assert bench.left() == []
+
+
+REACHES_OUT = """
+import os
+found = []
+if 'PYTHONDONTWRITEBYTECODE' in os.environ:
+    folder = os.path.dirname(os.environ['TMPDIR'])
+    for path in ('/etc/shadow', '/var/tmp/specgen-profile', folder + '/log', folder + '/confined'):
+        try:
+            open(path, 'r' if path == '/etc/shadow' else 'w')
+            found.append(path)
+        except OSError:
+            pass
+    assert not found, f'reached {found}'
+"""
+
+
+def test_under_a_tool_the_candidate_is_confined_and_the_tool_is_not(bench: Bench) -> None:
+    if files_level() != "landlock (files)":
+        pytest.skip("no Landlock here")
+    bench.set_mode("own files")
+    found = profile_in(bench.submit(module(top=REACHES_OUT), "ncu"))
+    assert found.tool == "ncu", found.reason
+    assert found.sandbox == "landlock (files)"
+
+
+def test_a_candidate_that_makes_its_tool_fail_does_not_come_to_run_unconfined(bench: Bench) -> None:
+    bench.set_mode("works")
+    ends = "import os\nif 'PYTHONDONTWRITEBYTECODE' in os.environ:\n    os._exit(3)"
+    found = profile_in(bench.submit(module(top=ends), "ncu"))
+    assert found.tool == "torch.profiler"
+    assert (bench.programs / "runs").read_text().count("run") == (1 if files_level() != "process" else 2)
 
 
 def test_a_candidate_that_fails_under_the_tool_is_profiled_by_the_next_one(bench: Bench) -> None:

@@ -13,20 +13,22 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 WARM_UPS = 3
 """Calls before the marks: just-in-time compilers and their tuning end there."""
 REPORT = "driver.json"
+CONFINED = "confined"
+"""Beside the plan as soon as the sandbox is in force; the candidate, loaded after that, can't write there."""
 
 
 def main() -> int:
     """Exit code 0 when the marked call came to its end."""
     plan_path = Path(sys.argv[1])
     plan = json.loads(plan_path.read_text())
-    report = plan_path.with_name(REPORT)
+    report = plan_path.with_name(REPORT).open("w")
     try:
-        call, device = _prepare(plan)
+        call, device = _prepare(plan, plan_path.with_name(CONFINED))
         _run(call, device)
     except BaseException as error:  # the candidate may raise anything, SystemExit too
         text = "".join(traceback.format_exception(error))
@@ -36,7 +38,7 @@ def main() -> int:
     return 0
 
 
-def _prepare(plan: dict[str, Any]) -> tuple[Any, str]:
+def _prepare(plan: dict[str, Any], marker: Path) -> tuple[Any, str]:
     import torch
 
     from ..base import Candidate
@@ -47,12 +49,29 @@ def _prepare(plan: dict[str, Any]) -> tuple[Any, str]:
     if plan["threads"]:
         torch.set_num_threads(plan["threads"])
     values = os.open(plan["values"], os.O_RDWR)
+    if plan["confine"] is not None:
+        with marker.open("w") as mark:
+            _confine(plan["confine"], device)
+            mark.write("yes")
     source = Path(plan["candidate"]).read_text()
     subject = Subject(None, Candidate(source), device, (values, values))  # type: ignore[arg-type]
     subject.load()
     subject.construct(plan["init"], plan["weights"], plan["seed"])
     arguments = read_values(values, plan["inputs"], device)
     return (lambda: subject.model(*arguments)), device
+
+
+def _confine(paths: dict[str, list[str]], device: str) -> None:
+    """After the tool's library has its connection, which the first use of CUDA makes. Raises OSError when refused."""
+    import torch
+
+    from .. import sandbox
+
+    if device.startswith("cuda"):
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+    writable, readable = (tuple(map(Path, paths[name])) for name in ("writable", "readable"))
+    sandbox.enter(sandbox.Policy((*writable, Path(os.environ["TMPDIR"])), device, sandbox.FILES, readable))
 
 
 def _run(call: Any, device: str) -> None:
@@ -72,8 +91,9 @@ def _run(call: Any, device: str) -> None:
         torch.cuda.cudart().cudaProfilerStop()
 
 
-def _say(report: Path, message: dict[str, str]) -> None:
-    report.write_text(json.dumps(message))
+def _say(report: TextIO, message: dict[str, str]) -> None:
+    report.write(json.dumps(message))
+    report.flush()
 
 
 if __name__ == "__main__":

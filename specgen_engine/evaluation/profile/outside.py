@@ -1,6 +1,8 @@
 """Runs a profiler around the driver: a process tree of its own, killed with everything in it.
 
-Profilers inject a library, open sockets to it and read counters, so only file access is confined (sandbox.FILES).
+The profiler is the host's own software and is not confined: it writes where it likes, and Landlock around it kept CUDA
+from the driver, whose /proc/self/task is another folder. The driver confines itself before it loads the candidate;
+profilers inject a library, open sockets to it and read counters, so only file access and signals (sandbox.FILES).
 """
 
 from __future__ import annotations
@@ -82,32 +84,40 @@ class Outside:
             "candidate": str(self.folder / "source.txt"),
             "threads": 0 if worker.on_gpu else worker.limits.threads,
         }
-        plan_file = self.folder / "plan.json"
-        plan_file.write_text(json.dumps(plan))
+        self.plan = plan
         # Only this package may be read of the folder that it lies in, and that folder not even be listed.
         (self.folder / "python").mkdir()
         (self.folder / "python" / "specgen_engine").symlink_to(_package())
-        self.driver = [sys.executable, "-m", driver.__name__, str(plan_file)]
+        self.driver = [sys.executable, "-m", driver.__name__, str(self.folder / "plan.json")]
 
     def run(self, line: Callable[[Path], Sequence[str]], good: Callable[[str], bool], remember: bool = True) -> str:
         """The tool's log file, else what it printed. Raises ProfileError when it can't start or takes too long.
 
-        line: the command, given the log file's path.  good: the log says something; a confined run that gives nothing
-        is tried once without, and the level that gave figures is remembered.
+        line: the command, given the log file's path.  good: the log says something; a run that gives nothing because
+        the driver could not confine itself is tried once without, and the level that gave figures is remembered.
         """
         log = self.folder / "log"
         while True:
-            for stale in (log, self.folder / driver.REPORT):
+            for stale in (log, self.folder / driver.REPORT, self.folder / driver.CONFINED):
                 stale.unlink(missing_ok=True)
+            self._write_level()
             self._run_once([str(part) for part in line(log)])
             text = _head(log) or _head(self.folder / PRINTED)
             if good(text):
                 if remember:
                     _level_of[self.tool] = self.level
                 return text
-            if self.level == sandbox.PROCESS:
+            # Once confined, a candidate that makes its tool fail must not come to run without.
+            if self.level == sandbox.PROCESS or _head(self.folder / driver.CONFINED):
                 return text
             self.level = sandbox.PROCESS
+
+    def _write_level(self) -> None:
+        """What the driver confines itself to, at this try."""
+        readable = [str(path) for path in (self.folder, *self.readable)]
+        paths = {"writable": [str(self.subject.build)], "readable": readable}  # and its own TMPDIR
+        self.plan["confine"] = None if self.level == sandbox.PROCESS else paths
+        (self.folder / "plan.json").write_text(json.dumps(self.plan))
 
     def complaint(self) -> str:
         """What the driver said when it failed, as an addition to a line; "" when it did not."""
@@ -150,7 +160,6 @@ class Outside:
     def _fork(self, command: list[str]) -> Child:
         worker, build, printed = self.worker, self.subject.build, self.folder / PRINTED
         scratch = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
-        policy = sandbox.Policy((self.folder, build), device=worker.device, level=self.level, readable=self.readable)
         paths = [str(self.folder / "python"), *(path for path in sys.path if path.endswith("-packages"))]
         extra = {
             "PYTHONPATH": os.pathsep.join(paths),
@@ -170,7 +179,7 @@ class Outside:
             keep=(),
             scratch=scratch,
             limits=worker.limits,
-            enter_sandbox=lambda: sandbox.enter(policy),
+            enter_sandbox=lambda: None,
             environment=extra,
             cap_memory=False,
         )
