@@ -19,6 +19,7 @@ from specgen_engine.kv.cuda import CudaBackend
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.kv.native import _kv
+from specgen_engine.tier import dsa
 from specgen_engine.tier.base import PageShape, TierError, page_shape
 from specgen_engine.tier.cache import TierRadixCache
 from specgen_engine.tier.lenders import Lenders
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CHUNKS = 4096  # address space that is set aside: 256 GiB in chunks of 64 MiB
 FIRST_LOOK_S = 15.0
+
+dsa.register()
 
 
 def build_cache(ctx: Any, kv: KvConfig, original: Callable[[Any], Any]) -> Any:
@@ -60,7 +63,8 @@ def build_cache(ctx: Any, kv: KvConfig, original: Callable[[Any], Any]) -> Any:
     def make_pool(*_args: Any, **_kwargs: Any) -> ArenaPool:
         return pool
 
-    cache = TierRadixCache(ctx.params, ctx.server_args, make_pool)
+    with dsa.attached(pool):
+        cache = TierRadixCache(ctx.params, ctx.server_args, make_pool)
     cache.lenders, cache.own_lender = lenders, lender
     lenders.watch(pool.move)
     ctx.tp_worker.register_hicache_layer_transfer_counter(cache.cache_controller.layer_done_counter)

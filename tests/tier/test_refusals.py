@@ -32,8 +32,7 @@ def pool(name: str = "MHATokenToKVPool", dtype: torch.dtype = torch.float32, **m
 @pytest.mark.parametrize(
     ("device_pool", "page_size", "says"),
     [
-        (pool("DSATokenToKVPool"), 64, "DSATokenToKVPool is not supported: the tier serves MHATokenToKVPool"),
-        (pool("DeepSeekV4TokenToKVPool"), 64, "DeepSeekV4TokenToKVPool is not supported"),
+        (pool("DeepSeekV4TokenToKVPool"), 64, "DeepSeekV4TokenToKVPool is not supported: the tier serves"),
         (pool(), 8, "--page-size 8: the remote KV tier serves 1, 16, 32, 64"),
         (pool(dtype=torch.int32), 16, "--kv-cache-dtype: int32 is not served"),
         (pool(kv_cache_layout="hnd"), 16, "KV layout hnd is not supported"),
