@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 from bench.kv_tier_servers import LenderProcess
-from bench.kv_tier_servers import Options as LenderOptions
 from bench.kv_tier_servers import lender as lender_process
 from bench.models_client import Client
 from specgen_engine.errors import SpecGenError
@@ -96,7 +96,7 @@ def start(stack: ExitStack, case: Case, logs: Path, timeout_s: float) -> Running
 def _start_lender(stack: ExitStack, case: Case, logs: Path) -> tuple[LenderProcess, tuple[str, ...]]:
     cpu = case.model == "tiny"
     backend, chunk = ("loopback", 1) if cpu else ("peer", CHUNK_MIB)
-    options = LenderOptions(model=None, backend=backend, attention_backend="", logs=logs)
+    options: Any = SimpleNamespace(backend=backend, logs=logs)
     one = stack.enter_context(lender_process(options, "64MiB" if cpu else LENT, chunk, gpu=1 - case.gpu))
     arguments = ("--specgen-kv", backend, "--specgen-kv-directory", str(one.folder))
     return one, (*arguments, "--specgen-kv-chunk-mib", str(chunk))
