@@ -4,8 +4,10 @@ Forks cost engine time (they slow the base, and their tokens have a price); wait
 reasoning has already reached is found later. With c the cost of a fork and s the rate at which reasoning yields better
 kernels, both in tokens of the base, a spacing g loses c / g + s * g / 2 a token, least at g = sqrt(2 c / s): the
 same trade-off as between checkpoints (Young, "A first order approximation to the optimum checkpoint interval", 1974).
+What all forks of a search may take from its base is bounded beside that: where no fork is good enough, the search then
+lasts no longer than the bound allows.
 
-Everything here is a pure function of a ``Family``; who keeps it decides where it lives between runs.
+Everything here is a pure function of a ``Family`` and a ``View``; who keeps them decides where they live between runs.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
 
 SCHEMA = "specgen.adaptive/1"
-MIN_GAP, MAX_GAP = 64, 4_000
+MIN_GAP, MAX_GAP = 16, 4_000
 IMPROVEMENT = 1.05
 
 
@@ -44,12 +47,31 @@ class Costs:
     slowdown: share of the base's speed that one fork in flight takes; token_price: what a fork token is worth in base
     tokens beside that; first_weight: worth of the first correct kernel, with later improvements as 1;
     waiting_per_evaluator: queued jobs per evaluator above which no fork is made.
+    most_share: of the base's time, that the forks of one search may take; start_tokens: of reasoning, that count
+    towards it before they are there, so that the first kernel is not waited for.
     """
 
     slowdown: float = 0.01
     token_price: float = 0.01
-    first_weight: float = 2.0
+    first_weight: float = 20.0
     waiting_per_evaluator: float = 2.0
+    most_share: float = 0.025
+    start_tokens: int = 1_000
+
+
+class View(NamedTuple):
+    """What is known of a search where it could fork.
+
+    gap: reasoning tokens since the last fork, or the start; best: speed-up of the fastest correct kernel, 0 without;
+    position: reasoning tokens; forks, fork_tokens: so far, those in flight included; in_flight: forks still running.
+    """
+
+    gap: int
+    best: float
+    position: int
+    forks: int = 0
+    fork_tokens: int = 0
+    in_flight: int = 0
 
 
 def spacing(family: Family, has_correct: bool, costs: Costs) -> float:
@@ -62,11 +84,23 @@ def spacing(family: Family, has_correct: bool, costs: Costs) -> float:
     return min(max(math.sqrt(2.0 * cost / rate), MIN_GAP), MAX_GAP)
 
 
-def wants_fork(family: Family, gap: int, has_correct: bool, waiting: int, evaluators: int, costs: Costs) -> bool:
-    """Whether to fork here. gap: tokens since the last fork (or the start); waiting: jobs queued for evaluators."""
+def expected_tokens(family: Family, view: View) -> float:
+    """Of the next fork: the family's mean, or this search's own where its answers are longer (they grow)."""
+    mean = family.fork_tokens / family.forks
+    return max(mean, (2.0 * mean + view.fork_tokens) / (2.0 + view.forks))
+
+
+def affordable(family: Family, view: View, costs: Costs) -> bool:
+    """Whether one more fork keeps what forks take within the bound; those in flight are half done on average."""
+    tokens = view.fork_tokens + (1.0 + 0.5 * view.in_flight) * expected_tokens(family, view)
+    return costs.slowdown * tokens <= costs.most_share * (view.position + costs.start_tokens)
+
+
+def wants_fork(family: Family, view: View, waiting: int, evaluators: int, costs: Costs) -> bool:
+    """Whether to fork here. waiting: jobs queued for evaluators."""
     if waiting > costs.waiting_per_evaluator * evaluators:
         return False
-    return gap >= spacing(family, has_correct, costs)
+    return view.gap >= spacing(family, view.best > 0.0, costs) and affordable(family, view, costs)
 
 
 def observed(family: Family, gap: int, best_before: float, speedup: float, fork_tokens: int) -> Family:

@@ -6,11 +6,12 @@ from array import array
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from specgen_engine.controller.adaptive import View
 from specgen_engine.controller.answers import drafted_modules, extract_candidate, feedback_of, goes_on_reasoning
 from specgen_engine.controller.engine import Engine, Output
 from specgen_engine.controller.events import ForkBudget, ForkDone, Script, SessionOptions
 from specgen_engine.controller.learning import TRIGGER as ADAPTIVE
-from specgen_engine.controller.learning import Learner, View
+from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes
 from specgen_engine.controller.report import ForkRecord, SearchRecord
 from specgen_engine.controller.request import Plan
@@ -54,10 +55,11 @@ class Forks:
         """
         if message.length in self._made_at:
             return
-        view = View(message.reasoning_tokens - self._last, best)
+        running = sum(record.state == "running" for record in self._by_rid.values())
+        position = message.reasoning_tokens
+        view = View(position - self._last, best, position, len(self.record.forks), self.tokens, running)
         if name_of(message.trigger) == ADAPTIVE and not self._wanted(view):
             return
-        running = sum(record.state == "running" for record in self._by_rid.values())
         if running >= self.options.per_search or not self.budget.take(self.record.id):
             self.record.forks_skipped += 1
             return

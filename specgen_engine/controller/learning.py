@@ -5,19 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-from specgen_engine.controller.adaptive import Costs, Family, dumps, loads, observed, wants_fork
+from specgen_engine.controller.adaptive import Costs, Family, View, dumps, loads, observed, wants_fork
 from specgen_engine.errors import ConfigError
 
 TRIGGER = "adaptive"
-
-
-class View(NamedTuple):
-    """What was known when a fork was made. gap: reasoning tokens since the fork before; best: speed-up, 0 without."""
-
-    gap: int
-    best: float
 
 
 class Learner:
@@ -41,7 +33,7 @@ class Learner:
 
     def wants(self, task: str, view: View, waiting: int, evaluators: int) -> bool:
         known = self.families.get(self.family(task), Family())
-        return wants_fork(known, view.gap, view.best > 0, waiting, max(evaluators, 1), self.costs)
+        return wants_fork(known, view, waiting, max(evaluators, 1), self.costs)
 
     def observe(self, task: str, view: View, speedup: float, fork_tokens: int) -> None:
         """A fork has ended: speedup of its candidate, 0 when it gave none, a known or a failing one."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from specgen_engine.config import EvaluationConfig, SpecGenConfig
-from specgen_engine.controller.adaptive import Family
+from specgen_engine.controller.adaptive import Family, View
 from specgen_engine.controller.competition import decide_again
 from specgen_engine.controller.hooks import require_pool
-from specgen_engine.controller.learning import Learner, View
+from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.triggers import ADAPTIVE_POINTS, fire_points, parse_trigger
 from specgen_engine.errors import ConfigError
 from specgen_engine.evaluation.base import Candidate, Status
@@ -65,7 +65,7 @@ def test_adaptive_forks_where_the_policy_says_and_learns_from_every_fork() -> No
         rig.engine.say("x" * 3_000)
         name = rig.learner.family("toy")
         rig.learner.families[name] = Family(first=50.0)  # kernels come often: forks should lie close
-        rig.trigger(20, "adaptive")
+        rig.trigger(10, "adaptive")
         await rig.settle()
         assert rig.session.record.forks == []
         rig.trigger(200, "adaptive")
@@ -198,7 +198,7 @@ def test_a_budget_ends_the_reasoning_without_a_new_verdict() -> None:
 def test_what_is_learnt_survives_a_restart_and_a_broken_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state" / "adaptive.json"
     first = Learner("model", path)
-    first.observe("gemm", View(500, 0.0), 1.3, 400)
+    first.observe("gemm", View(500, 0.0, 500), 1.3, 400)
     first.save()
     again = Learner("model", path)
     assert again.families == first.families
