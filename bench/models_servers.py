@@ -103,7 +103,7 @@ def _start_lender(stack: ExitStack, case: Case, logs: Path) -> tuple[LenderProce
 
 
 def _cpu(tier: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    pool = ("--max-total-tokens", "16384")
+    pool = ("--max-total-tokens", "3072" if tier else "16384")  # the tier's restores need one that evicts
     launch = prepare(["--tiny", *FORK_ARGUMENTS, *tier, *pool])
     return launch.arguments, {**launch.environment, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", SWITCH: SCALED}
 
