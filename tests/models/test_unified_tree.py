@@ -101,4 +101,5 @@ def test_a_boundary_whose_window_is_gone_is_not_published(tree: Any) -> None:
     req.kv.swa_evicted_seqlen = 64
     assert insert_fork_point(req, 75, tree) == 32
     assert found(tree, req, 75) == 32
+    assert tree.full_evictable_size() + tree.full_protected_size() == 32, "the tree owns no page twice"
     tree.sanity_check()
