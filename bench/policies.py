@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import new_report, write_report
-from bench.recordings import Service, Subject, UsageError, read_scores, subject_of, tokenizer
+from bench.policies_harvest import harvest_row
+from bench.policies_run import run_rows
+from bench.policies_table import markdown
+from bench.recordings import Measured, Subject, UsageError, kinds_of, read_scores, subject_of, tokenizer
+from bench.service_times import Service, read_service_times
 from bench.virtual_time import Machine, Outcome, Recording, View, oracle_seconds, run_search, sequential
 from specgen_engine.controller import adaptive
 from specgen_engine.controller.termination import Criterion, Speedup, parse_termination
@@ -44,7 +48,9 @@ POLICIES = (
     "paragraph:min=400+fence+transition:min=400",
     "adaptive",
 )
-CRITERIA = ("speedup:1.5", "final:0.9", "correct", "plateau:3", "best_of:4", "gain:0.2", "none")
+CRITERIA = ("speedup:1.5", "final:0.9", "correct", "plateau:3", "best_of:4", "gain:0.2", "gain:0.3", "none")
+RESULTS = Path(__file__).parent / "results"
+IDLE_TIMES = ("evaluation_H200.json",)
 TIME_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -58,6 +64,12 @@ def criterion_for(spec: str, recording: Recording) -> Criterion:
     except ValueError:
         raise UsageError(f"--criteria {spec!r}: final needs a number, as in final:0.9") from None
     return Speedup(target) if target > 0 else parse_termination("none")
+
+
+def seen(view: View) -> adaptive.View:
+    """A point of virtual time as the adaptive policy sees it."""
+    gap = view.position - view.last_fork
+    return adaptive.View(gap, view.best_speedup, view.position, view.forks, view.fork_tokens, view.in_flight)
 
 
 class Study:
@@ -74,15 +86,14 @@ class Study:
             self._points[key] = [position for position, _ in found]
         return self._points[key]
 
-    def _adaptive(self, index: int, machine: Machine, spec: str, families: dict[str, adaptive.Family]) -> Outcome:
+    def adaptive(self, index: int, machine: Machine, spec: str, families: dict[str, adaptive.Family]) -> Outcome:
         """Play one subject with the family's state, which learns on the way."""
         recording = self.subjects[index].recording
         name = recording.family
         families.setdefault(name, adaptive.Family())
 
         def admit(view: View) -> bool:
-            gap, correct = view.position - view.last_fork, view.best_speedup > 0
-            return adaptive.wants_fork(families[name], gap, correct, view.waiting, machine.evaluators, self.costs)
+            return adaptive.wants_fork(families[name], seen(view), view.waiting, machine.evaluators, self.costs)
 
         def observe(view: View, speedup: float, tokens: int) -> None:
             gap = view.position - view.last_fork
@@ -99,8 +110,8 @@ class Study:
         families: dict[str, adaptive.Family] = {}
         for other in range(len(self.subjects)):
             if other != index:
-                self._adaptive(other, machine, spec, families)
-        return self._adaptive(index, machine, spec, families)
+                self.adaptive(other, machine, spec, families)
+        return self.adaptive(index, machine, spec, families)
 
     def row(self, policy: str, index: int, machine: Machine, spec: str) -> dict[str, Any]:
         subject = self.subjects[index]
@@ -166,6 +177,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "worst_gain": min(row["gain"] for row in group),
                 "time_over_sequential": mean(row["time_over_sequential"] for row in group),
                 "worst_time_over_sequential": max(row["time_over_sequential"] for row in group),
+                "unmet_cost": max((row["time_over_sequential"] for row in group if not row["met"]), default=None),
                 "accepted_over_final": mean(row["accepted_over_final"] for row in group),
                 "best_over_final": {
                     f"{share:.0%}": statistics.fmean(row["best_over_final"][f"{share:.0%}"] or 0.0 for row in group)
@@ -252,12 +264,22 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
         console.print(table)
 
 
+def scores_near(traces: Sequence[str]) -> list[str]:
+    """scores.json of each folder or of one of the two above it, and the scores of runs among the results."""
+    found = [RESULTS / "fp8_gemm_scores.json"] if (RESULTS / "fp8_gemm_scores.json").is_file() else []
+    for trace in map(Path, traces):
+        folder = trace.resolve()
+        found += [at / "scores.json" for at in (folder, *folder.parents[:2]) if (at / "scores.json").is_file()][:1]
+    return [os.path.relpath(path) for path in dict.fromkeys(found)]
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.policies", description=__doc__.split("\n")[0] if __doc__ else ""
     )
     parser.add_argument("--traces", nargs="+", required=True, metavar="DIR", help="task folders, or folders of them")
-    parser.add_argument("--scores", nargs="*", default=[], metavar="F", help="scores.json files with times")
+    parser.add_argument("--scores", nargs="*", metavar="F", help="scores (default: scores.json near DIR)")
+    parser.add_argument("--service-times", nargs="*", metavar="F", help="verdict reports of an idle machine")
     parser.add_argument("--json", metavar="F", help="report, schema specgen.policies/1")
     parser.add_argument("--plot", metavar="F.png")
     parser.add_argument("--tokens-per-s", nargs="+", type=float, default=[30.0, 60.0, 120.0])
@@ -274,6 +296,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     options = parser.parse_args(arguments)
+    if options.scores is None:
+        options.scores = scores_near(options.traces)
+    if options.service_times is None:
+        options.service_times = [os.path.relpath(RESULTS / name) for name in IDLE_TIMES if (RESULTS / name).is_file()]
     for name in ("evaluators", "compilers", "max_forks"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
@@ -292,13 +318,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def collect(options: argparse.Namespace) -> tuple[list[Subject], list[dict[str, str]]]:
     """Scored subjects, and which iterations were left out and why."""
-    scores, encode = read_scores(options.scores), tokenizer()
+    traces, encode = load_traces(options.traces), tokenizer()
     assumed = Service(*options.assume_service) if options.assume_service else None
+    times = read_service_times(options.service_times, kinds_of(traces))
+    known = Measured(read_scores(options.scores), times, assumed, options.service_scale)
     subjects, skipped = [], []
-    for trace in load_traces(options.traces):
+    for trace in traces:
         for one in trace.iterations:
             try:
-                subjects.append(subject_of(trace, one, scores, encode, options.service_scale, assumed))
+                subjects.append(subject_of(trace, one, known, encode))
             except UsageError as error:
                 skipped.append(
                     {
@@ -313,19 +341,50 @@ def collect(options: argparse.Namespace) -> tuple[list[Subject], list[dict[str, 
     return subjects, skipped
 
 
+def split_runs(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, list[Subject]]]:
+    """Single iterations, and searches of several scored ones by name."""
+    groups: dict[str, list[Subject]] = defaultdict(list)
+    for one in subjects:
+        groups[f"{one.recording.family}/{one.recording.name.partition('/iter-')[0]}"].append(one)
+    single = [one for group in groups.values() if len(group) == 1 for one in group]
+    return single, {name: group for name, group in groups.items() if len(group) > 1}
+
+
+def study_runs(
+    runs: dict[str, list[Subject]], costs: adaptive.Costs, machine: Machine, spec: str, policies: Sequence[str]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Each run under every policy; adaptive starts with nothing learnt and keeps learning over the iterations."""
+    rows = []
+    for name, group in runs.items():
+        study, families = Study(group, costs), dict[str, adaptive.Family]()
+        plays: dict[str, Any] = {
+            policy: (lambda index, policy=policy, study=study: study.play(policy, index, machine, spec))
+            for policy in policies
+            if policy != "adaptive"
+        }
+        if "adaptive" in policies:
+            plays["adaptive"] = lambda index, study=study, families=families: study.adaptive(
+                index, machine, spec, families
+            )
+        rows += run_rows(name, group, machine, spec, plays)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_arguments(arguments)
         subjects, skipped = collect(options)
+        single, runs = split_runs(subjects)
         costs = replace(adaptive.Costs(), slowdown=options.fork_slowdown)
-        study, rows = Study(subjects, costs), []
+        study, rows, run_table = Study(single, costs), [], []
         for rate in options.tokens_per_s:
             machine = Machine(
                 rate, options.fork_slowdown, 0.1, options.max_forks, options.evaluators, options.compilers
             )
             for spec in options.criteria:
                 for policy in options.policies:
-                    rows += [study.row(policy, index, machine, spec) for index in range(len(subjects))]
+                    rows += [study.row(policy, index, machine, spec) for index in range(len(single))]
+                run_table += study_runs(runs, costs, machine, spec, options.policies)
     except (UsageError, TraceError, ValueError) as error:
         print(f"bench.policies: {error}", file=sys.stderr)
         return 2
@@ -334,21 +393,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in skipped:
         print(f"left out: {row['trace']}: {row['reason']}")
     if options.json:
-        write_json(options, rows, lines, subjects, skipped)
+        write_json(options, rows, lines, run_table, harvest_table(subjects), skipped)
     if options.plot:
         plot(lines, options.tokens_per_s[len(options.tokens_per_s) // 2], Path(options.plot))
     return 0
 
 
-def write_json(
-    options: argparse.Namespace, rows: list, lines: list, subjects: Sequence[Subject], skipped: list
-) -> None:
-    """Virtual time is deterministic: the report's seed is null."""
+def harvest_table(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
+    trigger = parse_trigger("paragraph:min=800")
+    return [
+        harvest_row(one, [position for position, _ in fire_points(trigger, list(one.pieces))], 60.0) for one in subjects
+    ]
+
+
+def write_json(options: argparse.Namespace, rows: list, lines: list, runs: list, harvest: list, skipped: list) -> None:
+    """The report, and the same as Markdown beside it. Virtual time is deterministic: the report's seed is null."""
     report = new_report(SCHEMA, None, "bench.policies")
     report["parameters"] = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
     report["rows"], report["summary"], report["skipped"] = rows, lines, skipped
-    report["harvest"] = {f"{one.recording.family}/{one.recording.name}": one.harvest for one in subjects}
-    write_report(Path(options.json), report)
+    report["harvest"], report["runs"] = harvest, runs
+    path = Path(options.json)
+    write_report(path, report)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(markdown(report))
+    os.replace(part, path.with_suffix(".md"))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from bench.service_times import Kind, Service, ServiceTimes, kind_of
 from bench.virtual_time import Answer, Recording
 from specgen_engine.controller.answers import (
     drafted_modules,
@@ -34,13 +37,6 @@ class Subject:
     pieces: tuple[str, ...]
     service: str
     harvest: dict[str, Any]
-
-
-class Service(NamedTuple):
-    """Seconds assumed for answers that were scored without times."""
-
-    compile_s: float
-    gpu_s: float
 
 
 def tokenizer() -> Encode:
@@ -70,63 +66,94 @@ def read_scores(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _scored_answer(
-    label: str, text: str, row: dict[str, Any], scale: float, assumed: Service | None, count: int
-) -> Answer:
-    source = extract_candidate(text)
-    speedup = row.get("speedup")
-    status = Status(row["status"])
-    compile_s, gpu_s = row.get("import_s"), (row.get("check_s") or 0.0) + (row.get("time_s") or 0.0)
-    if compile_s is None:
-        if assumed is None:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of recorded answers.
+
+    scores: rows of scores.json files by answer. times: of an idle machine; where an answer was scored with service
+    times, they take these times' place.
+    assumed: for answers that have neither. scale: every service time is multiplied with it.
+    """
+
+    scores: dict[str, dict[str, Any]]
+    times: ServiceTimes
+    assumed: Service | None = None
+    scale: float = 1.0
+
+    def service(self, name: str, source: str, row: dict[str, Any]) -> tuple[Service, str]:
+        """Seconds of one answer, and where they come from."""
+        if row.get("import_s") is not None:
+            if (idle := self.times.of(name, kind_of(source))) is not None:
+                return idle, "measured" if self.times.measured(name) else "median"
+            return Service(row["import_s"], (row.get("check_s") or 0.0) + (row.get("time_s") or 0.0)), "scores"
+        if self.assumed is None:
             raise UsageError("scored without service times; pass --assume-service COMPILE_S GPU_S")
-        compile_s, gpu_s = assumed
-    digest = source_hash(normalised_source(source)) if source else f"none:{label}"
-    return Answer(label, digest, count, status, speedup, compile_s * scale, gpu_s * scale)
+        return self.assumed, "assumed"
+
+    def answer(self, name: str, text: str, row: dict[str, Any], count: int) -> tuple[Answer, str]:
+        source = extract_candidate(text)
+        label = name.rpartition("/")[2].removesuffix(".md")
+        (compile_s, gpu_s), origin = self.service(name, source or "", row)
+        digest = source_hash(normalised_source(source)) if source else f"none:{label}"
+        seconds = compile_s * self.scale, gpu_s * self.scale
+        return Answer(label, digest, count, Status(row["status"]), row.get("speedup"), *seconds), origin
 
 
-def subject_of(
-    trace: Trace,
-    one: Iteration,
-    scores: dict[str, dict[str, Any]],
-    encode: Encode,
-    scale: float,
-    assumed: Service | None,
-) -> Subject:
+def kinds_of(traces: Iterable[Trace]) -> dict[str, Kind]:
+    """Of every recorded answer, by "folder/task/iter-N/answer.md"."""
+    return {
+        f"{folder_of(trace, one)}/{label}.md": kind_of(extract_candidate(text) or "")
+        for trace in traces
+        for one in trace.iterations
+        for label, text in texts_of(one).items()
+    }
+
+
+def folder_of(trace: Trace, one: Iteration) -> str:
+    return "/".join(trace.path.resolve().parts[-2:]) + f"/iter-{one.number}"
+
+
+def texts_of(one: Iteration) -> dict[str, str]:
+    return {**{f"fork-{mark.fork}": one.forks[mark.fork] for mark in one.marks}, "final": one.final}
+
+
+def subject_of(trace: Trace, one: Iteration, known: Measured, encode: Encode) -> Subject:
     """Raises UsageError when an answer has no score."""
-    folder = "/".join(trace.path.resolve().parts[-2:]) + f"/iter-{one.number}"
-    texts = {**{f"fork-{mark.fork}": one.forks[mark.fork] for mark in one.marks}, "final": one.final}
-    answers, times = {}, "scores"
-    for label, text in texts.items():
-        row = scores.get(f"{folder}/{label}.md")
+    folder = folder_of(trace, one)
+    answers, origins = {}, set()
+    for label, text in texts_of(one).items():
+        row = known.scores.get(f"{folder}/{label}.md")
         if row is None and one.measured and label in one.measured:
             row = {"status": one.measured[label].status, "speedup": one.measured[label].speedup}
-            times = "assumed"
         if row is None:
             raise UsageError(f"{folder}/{label}.md has no score")
-        answers[label] = _scored_answer(label, text, row, scale, assumed, len(encode(text)[0]))
+        answers[label], origin = known.answer(f"{folder}/{label}.md", text, row, len(encode(text)[0]))
+        origins.add(origin)
     tokenised = TokenisedIteration.of(one, encode)
     name = trace.name if len(trace.iterations) == 1 else f"{trace.name}/iter-{one.number}"
     forks = tuple(answers[f"fork-{mark.fork}"] for mark in one.marks)
     recording = Recording(
         name, trace.path.resolve().parent.name, len(tokenised.ids), tokenised.positions, forks, answers["final"]
     )
-    return Subject(recording, tokenised.pieces, times, harvest(one))
+    ends = list(itertools.accumulate(map(len, tokenised.pieces)))
+    return Subject(recording, tokenised.pieces, "+".join(sorted(origins)), harvest(one, ends))
 
 
-def harvest(one: Iteration) -> dict[str, Any]:
+def harvest(one: Iteration, ends: Sequence[int]) -> dict[str, Any]:
     """How many fenced blocks of a reasoning are whole modules that could be evaluated without a generation.
 
-    drafts define ModelNew; modules also count those that call it Model, as some prompts ask for.
+    drafts define ModelNew; modules also count those that call it Model, as some prompts ask for; complete ones import
+    torch too. complete_at: token positions of their ends. ends: character offset of each token's end.
     """
     blocks = fenced_blocks(one.reasoning)
     modules = [
         block for block in blocks if block.closed and {"ModelNew", "Model"} & (module_names(block.source) or set())
     ]
-    drafts = drafted_modules(one.reasoning)
+    complete = [block for block in modules if "import torch" in block.source]
     return {
         "fences": len(blocks),
-        "drafts": len(drafts),
+        "drafts": len(drafted_modules(one.reasoning)),
         "modules": len(modules),
-        "at_char": [end for end, _ in drafts],
+        "complete": len(complete),
+        "complete_at": [bisect.bisect_left(ends, block.end) + 1 for block in complete],
     }

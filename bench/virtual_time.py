@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from specgen_engine.controller.termination import Criterion, Never, Progress, Scored, best
+from specgen_engine.controller.termination import Criterion, Never, Progress, Scored, best, watches_progress
 from specgen_engine.evaluation.base import Status
 
 
@@ -62,7 +62,10 @@ class Recording:
 
 
 class View(NamedTuple):
-    """What a policy may know when one of its points is reached: tokens, and nothing of the recording's future."""
+    """What a policy may know when one of its points is reached: tokens, and nothing of the recording's future.
+
+    fork_tokens: of all forks so far, those in flight included.
+    """
 
     position: int
     last_fork: int
@@ -70,6 +73,8 @@ class View(NamedTuple):
     waiting: int
     best_speedup: float
     distinct: int
+    forks: int = 0
+    fork_tokens: int = 0
 
 
 class Outcome(NamedTuple):
@@ -91,6 +96,9 @@ class Outcome(NamedTuple):
         """The best correct speed-up known at a time, None before the first."""
         return next((speedup for since, speedup in reversed(self.curve) if since <= seconds), None)
 
+
+ASK_TOKENS = 100
+"""How often a criterion that looks at time or tokens is asked between two verdicts."""
 
 Admit = Callable[[View], bool]
 Observe = Callable[[View, float, int], None]
@@ -160,12 +168,14 @@ class _Search:
         self.submitted: dict[str, View] = {}
         self.forks, self.last_fork = 0, 0
         self.evaluator_s = 0.0
+        self.blank_tokens = recording.forks[0].tokens if recording.forks else 1
 
     def view(self, position: int) -> View:
         top = best(self.scored)
         speed = top.speedup if top and top.speedup else 0.0
         waiting = self.evaluators.waiting()
-        return View(position, self.last_fork, len(self.active), waiting, speed, len(self.submitted))
+        spent = round(self.fork_tokens)
+        return View(position, self.last_fork, len(self.active), waiting, speed, len(self.submitted), self.forks, spent)
 
     def rate(self) -> float:
         return self.machine.tokens_per_s / (1 + self.machine.fork_slowdown * len(self.active))
@@ -175,7 +185,7 @@ class _Search:
         if len(self.active) >= self.machine.max_forks or not admit(view):
             return
         answer = self.recording.answer_at(position)
-        tokens = (answer.tokens if answer else 1) + self.machine.prefill_s * self.machine.tokens_per_s
+        tokens = (answer.tokens if answer else self.blank_tokens) + self.machine.prefill_s * self.machine.tokens_per_s
         self.active.append(_Fork(answer, view, self.work + tokens))
         self.forks, self.last_fork = self.forks + 1, position
 
@@ -192,7 +202,7 @@ class _Search:
                 self.submitted[fork.answer.hash] = fork.view
                 self.evaluators.submit(self.now, fork.answer, "fork")
             elif self.observe:
-                self.observe(fork.view, 0.0, fork.answer.tokens if fork.answer else 1)
+                self.observe(fork.view, 0.0, fork.answer.tokens if fork.answer else self.blank_tokens)
 
     def verdict(self, answer: Answer, source: str) -> bool:
         """Record one verdict; True when the search ends with it."""
@@ -206,7 +216,10 @@ class _Search:
             self.curve.append((self.now, top.speedup))
         if self.observe and source == "fork":
             self.observe(self.submitted[answer.hash], answer.speedup or 0.0, answer.tokens)
-        return source == "base" or self.criterion.decide(self.scored, self.progress()) is not None
+        return source == "base" or self.met()
+
+    def met(self) -> bool:
+        return self.criterion.decide(self.scored, self.progress()) is not None
 
     def progress(self) -> Progress:
         reasoning = min(round(self.base), self.recording.tokens)
@@ -229,7 +242,9 @@ def run_search(
     """
     search = _Search(recording, machine, criterion, observe)
     reasoning, whole = recording.tokens, recording.tokens + recording.final.tokens
-    stops = [point for point in points if point <= reasoning] + [whole]
+    asks = set(range(0, reasoning, ASK_TOKENS)) if watches_progress(criterion) else set()
+    forks = {point for point in points if point <= reasoning}
+    stops = [*sorted(forks | asks), whole]
     at = 0
     while True:
         rate = search.rate()
@@ -248,7 +263,10 @@ def run_search(
             at += 1
             search.evaluators.submit(search.now, recording.final, "base")
         else:
-            search.fork(stops[at], admit)
+            if stops[at] in asks and search.met():
+                break
+            if stops[at] in forks:
+                search.fork(stops[at], admit)
             at += 1
     decision = criterion.decide(search.scored, search.progress())
     top = best(search.scored)
@@ -274,15 +292,26 @@ def sequential(recording: Recording, machine: Machine) -> Outcome:
 def oracle_seconds(recording: Recording, machine: Machine, criterion: Criterion) -> float | None:
     """Time with only the forks that the criterion needs, each at its mark and evaluated at once.
 
-    None when it never holds. Known only afterwards. For a target it is the first recorded fork that meets it.
+    None when it never holds before the reasoning's end. Known only afterwards. For a target it is the first recorded
+    fork that meets it. The base is not slowed, and no verdict waits for another.
     """
-    scored: list[Scored] = []
-    ready = 0.0
+    rate, ready = machine.tokens_per_s, []
     for order, (mark, answer) in enumerate(zip(recording.marks, recording.forks, strict=True)):
-        scored.append(Scored(answer.hash, answer.status, answer.speedup, "fork", order, mark))
-        ready = mark / machine.tokens_per_s + machine.prefill_s + answer.tokens / machine.tokens_per_s
-        ready += answer.compile_s + answer.gpu_s
-        tokens = mark + sum(one.tokens for one in recording.forks[: order + 1])
-        if criterion.decide(scored, Progress(ready, mark, tokens)):
-            return ready
+        verdict_s = (mark + answer.tokens) / rate + machine.prefill_s + answer.compile_s + answer.gpu_s
+        ready.append((verdict_s, order, mark, answer))
+    ready.sort()
+    scored: list[Scored] = []
+    evaluator_s, fork_tokens = 0.0, 0
+    for at, (verdict_s, _, mark, answer) in enumerate(ready):
+        scored.append(Scored(answer.hash, answer.status, answer.speedup, "fork", len(scored), mark))
+        evaluator_s += answer.compile_s + answer.gpu_s
+        fork_tokens += answer.tokens
+        until = ready[at + 1][0] if at + 1 < len(ready) else recording.tokens / rate
+        steps = [verdict_s]
+        while watches_progress(criterion) and steps[-1] + ASK_TOKENS / rate < until:
+            steps.append(steps[-1] + ASK_TOKENS / rate)
+        for now in steps:
+            reasoned = min(round(now * rate), recording.tokens)
+            if criterion.decide(scored, Progress(now, reasoned, reasoned + fork_tokens, evaluator_s)):
+                return now
     return None
