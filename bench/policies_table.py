@@ -73,8 +73,10 @@ def harvest_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         "trace", "fences", "modules", "complete", "share", "drafts (ModelNew)", "verdicts before the next fork's",
         "no later fork", "median lead, s",
     )  # fmt: skip
-    names = ("trace", "fences", "modules", "complete", "share_complete", "drafts", "verdicts_before_next_fork")
-    names += ("without_a_later_fork", "median_lead_s")
+    names = (
+        "trace", "fences", "modules", "complete", "share_complete", "drafts", "verdicts_before_next_fork",
+        "without_a_later_fork", "median_lead_s",
+    )  # fmt: skip
     title = "## harvest: modules drafted whole in a reasoning, next fork by `paragraph:min=800`, 60 tokens/s"
     return ["", title, *table(columns, ([row[name] for name in names] for row in rows))]
 

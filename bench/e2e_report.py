@@ -1,0 +1,199 @@
+"""What the rows of bench.end_to_end say: gains, curves, feedback, tokens, utilisation. Pure: rows in, figures out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.e2e_configurations import SEQUENTIAL
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+Row = Mapping[str, Any]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Geometric mean of the positive values; None without any."""
+    kept = [value for value in values if value]
+    return statistics.geometric_mean(kept) if kept else None
+
+
+def correct(row: Row) -> list[Row]:
+    """Its distinct correct candidates, by the time of their verdicts."""
+    found = [one for one in row["candidates"] if one["status"] == "correct" and one["verdict_s"] is not None]
+    return sorted(found, key=lambda one: one["verdict_s"])
+
+
+def best_at_seconds(row: Row, seconds: float) -> float | None:
+    """Best speed-up known at a time; once the search has answered, what it accepted stays."""
+    return max((one["speedup"] for one in correct(row) if one["verdict_s"] <= seconds), default=None)
+
+
+def best_at_tokens(row: Row, tokens: float) -> float | None:
+    """Best speed-up among the verdicts that were in when so many base and fork tokens had been spent."""
+    spent = row["verdict_tokens"]
+    return max((one["speedup"] for one in correct(row) if spent[one["order"]] <= tokens), default=None)
+
+
+def accepted(row: Row) -> float | None:
+    return (row["accepted"] or {}).get("speedup")
+
+
+def tokens(row: Row) -> int:
+    """All that the engine generated for a search."""
+    return int(row["reasoning_tokens"] + row["answer_tokens"] + row["fork_tokens"])
+
+
+def rate(row: Row) -> float:
+    """Tokens a second of the base while it reasoned."""
+    return float(row["reasoning_tokens"] / (row["reasoning_s"] or row["wall_s"]))
+
+
+def compare(row: Row, alone: Row, target: float) -> dict[str, Any]:
+    """One trace of a configuration beside its sequential run.
+
+    gain: sequential's time over this one's, to an answer of at least `target`; 1.0 when it has none.
+    """
+    speed, final = accepted(row), accepted(alone)
+    met = bool(speed and speed >= target)
+    times, spent = alone["client_s"], tokens(alone)
+    return {
+        "trace": row["trace"],
+        "group": row["group"],
+        "seed": row["seed"],
+        "met": met,
+        "gain": times / row["client_s"] if met else 1.0,
+        "time_over_sequential": row["client_s"] / times,
+        "accepted": speed,
+        "accepted_over_final": speed / final if speed and final else None,
+        "best_by_time": {f"{share:.0%}": _over(best_at_seconds(row, share * times), final) for share in SHARES},
+        "best_by_tokens": {f"{share:.0%}": _over(best_at_tokens(row, share * spent), final) for share in SHARES},
+        "base_rate_over_sequential": rate(row) / rate(alone),
+    }
+
+
+def _over(speed: float | None, final: float | None) -> float | None:
+    return (speed or 0.0) / final if final else None
+
+
+def feedback(rows: Sequence[Row]) -> dict[str, Any]:
+    """Verdicts and what they cost. latency: from a candidate's submission to its verdict, seconds."""
+    latencies = sorted(
+        one["verdict_s"] - one["submitted_s"]
+        for row in rows
+        for one in row["candidates"]
+        if one["verdict_s"] is not None
+    )
+    good = sum(len(correct(row)) for row in rows)
+    profiled = sum(one["profiled"] for row in rows for one in correct(row))
+    seconds, spent = sum(row["client_s"] for row in rows), sum(tokens(row) for row in rows)
+    return {
+        "correct": good,
+        "profiled": profiled,
+        "correct_per_minute": 60 * good / seconds,
+        "correct_per_1000_tokens": 1000 * good / spent,
+        "latency_p50_s": statistics.median(latencies) if latencies else None,
+        "latency_p95_s": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))] if latencies else None,
+    }
+
+
+def engine_tokens(rows: Sequence[Row]) -> dict[str, int]:
+    """By kind. wasted: of forks that gave no candidate of their own; harvested: candidates that cost no token."""
+    forks = [fork for row in rows for fork in row["forks"]]
+    first = {(id(row), one["hash"]): min(one["forks"], default=0) for row in rows for one in row["candidates"]}
+    own = {
+        (id(row), fork["n"])
+        for row in rows
+        for fork in row["forks"]
+        if first.get((id(row), fork["candidate"])) == fork["n"]
+    }
+    wasted = sum(fork["tokens"] for row in rows for fork in row["forks"] if (id(row), fork["n"]) not in own)
+    return {
+        "reasoning": sum(row["reasoning_tokens"] for row in rows),
+        "answer": sum(row["answer_tokens"] for row in rows),
+        "fork": sum(row["fork_tokens"] for row in rows),
+        "wasted": wasted,
+        "harvested_candidates": sum(one["source"] == "draft" for row in rows for one in row["candidates"]),
+        "prefix_reused": sum(fork["prefix_reused"] for fork in forks),
+        "prefix_computed": sum(fork["prefix_computed"] for fork in forks),
+    }
+
+
+def utilisation(phases: Sequence[Row], evaluators: int) -> dict[str, float]:
+    """Shares of the evaluators' time over whole phases: busy, and useful work in it."""
+    available = evaluators * sum(phase["wall_s"] for phase in phases)
+    spent = [phase["gpu_seconds"] for phase in phases]
+    return {
+        "busy": sum(sum(one.values()) for one in spent) / available,
+        "useful": sum(one.get("useful", 0.0) for one in spent) / available,
+    }
+
+
+def summarise(rows: Sequence[Row], phases: Sequence[Row], evaluators: int, target: float) -> list[dict[str, Any]]:
+    """One line a configuration and group, and one for all groups; only traces that sequential has played, too."""
+    alone = {(row["trace"], row["seed"]): row for row in rows if row["configuration"] == SEQUENTIAL}
+    lines = []
+    for name in dict.fromkeys(row["configuration"] for row in rows):
+        mine = [row for row in rows if row["configuration"] == name]
+        groups = list(dict.fromkeys(row["group"] for row in mine))
+        for group in [*groups, "all"] if len(groups) > 1 else groups:
+            part = [row for row in mine if group in (row["group"], "all")]
+            pairs = [(row, alone[row["trace"], row["seed"]]) for row in part if (row["trace"], row["seed"]) in alone]
+            if pairs:
+                lines.append({"configuration": name, "group": group, **_line(pairs, target)})
+        own = [phase for phase in phases if phase["configuration"] == name]
+        if own and lines:
+            lines[-1]["evaluators"] = utilisation(own, evaluators)
+    return lines
+
+
+def _line(pairs: Sequence[tuple[Row, Row]], target: float) -> dict[str, Any]:
+    found = [compare(row, alone, target) for row, alone in pairs]
+    rows = [row for row, _ in pairs]
+
+    def curve(kind: str) -> dict[str, float]:
+        return {share: statistics.fmean(one[kind][share] or 0.0 for one in found) for share in found[0][kind]}
+
+    return {
+        "traces": len(found),
+        "met": sum(one["met"] for one in found),
+        "gain": mean(one["gain"] for one in found),
+        "worst_gain": min(one["gain"] for one in found),
+        "time_over_sequential": mean(one["time_over_sequential"] for one in found),
+        "accepted_over_final": mean(one["accepted_over_final"] for one in found),
+        "best_by_time": curve("best_by_time"),
+        "best_by_tokens": curve("best_by_tokens"),
+        "base_rate_over_sequential": mean(one["base_rate_over_sequential"] for one in found),
+        "tokens_per_s": statistics.median(rate(row) for row in rows),
+        "feedback": feedback(rows),
+        "tokens": engine_tokens(rows),
+        "by_trace": found,
+    }
+
+
+def print_table(lines: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = (
+        "configuration", "group", "met", "gain", "oracle", "time/seq.", "accepted/final", "best at half the time",
+        "base rate/seq.", "correct/min", "correct/1k tokens", "verdict p50/p95 s", "busy", "useful",
+    )  # fmt: skip
+    table = Table(title="end to end, replayed through the real engine")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for line in lines:
+        said, busy = line["feedback"], line.get("evaluators")
+        table.add_row(
+            line["configuration"], line["group"], f"{line['met']}/{line['traces']}", _x(line["gain"]),
+            _x(line.get("oracle_gain")), f"{line['time_over_sequential']:.2f}", _x(line["accepted_over_final"]),
+            _x(line["best_by_time"]["50%"]), f"{line['base_rate_over_sequential']:.2f}",
+            f"{said['correct_per_minute']:.2f}", f"{said['correct_per_1000_tokens']:.3f}",
+            f"{_x(said['latency_p50_s'])}/{_x(said['latency_p95_s'])}",
+            f"{busy['busy']:.0%}" if busy else "", f"{busy['useful']:.0%}" if busy else "",
+        )  # fmt: skip
+    Console(width=210).print(table)
+
+
+def _x(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,148 @@
+"""One phase of bench.end_to_end: every trace through the engine in one configuration, at most N searches at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from openai import AsyncOpenAI
+
+from bench.e2e_configurations import Configuration, Search
+from specgen_engine.replay.trace import Iteration, Trace
+
+MAX_TOKENS = 110_000
+TIMEOUT_S = 3_600
+# Of a candidate's record; texts are left out, so that a report stays small.
+CANDIDATE = (
+    "hash", "source", "submitted_s", "verdict_s", "status", "speedup", "interval", "candidate_ms", "reference_ms",
+    "stages", "forks", "at_token", "order", "roofline", "sandbox", "device",
+)  # fmt: skip
+FORK = (
+    "n", "trigger", "at_token", "started_s", "finished_s", "tokens", "state", "candidate", "prefix_reused",
+    "prefix_computed",
+)  # fmt: skip
+SEARCH = (
+    "wall_s", "reasoning_s", "reasoning_tokens", "recorded_reasoning_tokens", "answer_tokens", "fork_tokens",
+    "forks_skipped", "ended_by", "reason", "accepted", "best", "final", "evaluation_s", "trigger", "termination",
+)  # fmt: skip
+
+
+class Play(NamedTuple):
+    """One search to play."""
+
+    trace: Trace
+    iteration: Iteration
+    search: Search
+
+
+Save = Callable[[dict[str, Any]], None]
+
+
+async def play_phase(
+    url: str, configuration: Configuration, plays: list[Play], at_once: int, seed: int, save: Save
+) -> dict[str, Any]:
+    """Play all; `save` gets each row as it ends. Returns the phase's row: its wall time and the evaluators' seconds."""
+    gate = asyncio.Semaphore(at_once)
+    async with _openai(url) as client, httpx.AsyncClient(base_url=url, timeout=60) as http:
+        await _flush(http)
+        before, started = await gpu_seconds(http), time.monotonic()
+
+        async def one(play: Play) -> None:
+            async with gate:
+                queued = time.monotonic() - started
+                row = await play_one(client, play)
+                row |= {"configuration": configuration.name, "seed": seed, "began_s": round(queued, 3)}
+                save(row)
+
+        await asyncio.gather(*(one(play) for play in plays))
+        wall, after = time.monotonic() - started, await gpu_seconds(http)
+    spent = {outcome: round(after.get(outcome, 0.0) - before.get(outcome, 0.0), 3) for outcome in after}
+    return {
+        "configuration": configuration.name, "seed": seed, "searches": len(plays), "at_once": at_once,
+        "wall_s": round(wall, 3), "gpu_seconds": spent,
+    }  # fmt: skip
+
+
+async def play_one(client: AsyncOpenAI, play: Play, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
+    """One chat request, as an agent sends it."""
+    asked = {
+        "task": play.trace.task_source,
+        "name": play.trace.name,
+        "iteration": play.iteration.number,
+        "trigger": play.search.trigger,
+        "termination": play.search.termination,
+    }
+    prompt = (
+        f"Write a faster module ModelNew with the same results as Model.\n\n```python\n{play.trace.task_source}\n```\n"
+    )
+    started = time.monotonic()
+    answer = await client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=max_tokens,
+        temperature=0,
+        extra_body={"custom_params": {"specgen": json.dumps(asked)}},
+    )
+    client_s = time.monotonic() - started
+    return row_of(play, answer.model_dump()["sglext"]["specgen"], client_s)
+
+
+def row_of(play: Play, search: Mapping[str, Any], client_s: float) -> dict[str, Any]:
+    """What the report needs of a search's record. client_s: from the request to its answer, as the agent sees it."""
+    row: dict[str, Any] = {
+        "trace": play.trace.name,
+        "group": play.trace.path.resolve().parent.name,
+        "iteration": play.iteration.number,
+        "client_s": round(client_s, 3),
+        **{name: search[name] for name in SEARCH},
+    }
+    row["candidates"] = [
+        {**{name: one[name] for name in CANDIDATE}, "profiled": bool(one["profile"])} for one in search["candidates"]
+    ]
+    row["forks"] = [{name: one[name] for name in FORK} for one in search["forks"]]
+    row["verdict_tokens"] = tokens_at_verdicts(search["decisions"])
+    return row
+
+
+def tokens_at_verdicts(decisions: list[Mapping[str, Any]]) -> list[int]:
+    """Base and fork tokens that had been spent when the first, second, ... verdict was in."""
+    found: list[int] = []
+    for one in decisions:
+        while len(found) < one["verdicts"]:
+            found.append(one["tokens"])
+    return found
+
+
+async def warm_up(url: str, plays: list[Play]) -> None:
+    """Each task checked by an evaluator and its prompt read once: what every configuration is spared alike."""
+    silent = [play._replace(search=Search("none", "none")) for play in plays]
+    async with _openai(url) as client:
+        await asyncio.gather(*(play_one(client, play, max_tokens=4) for play in silent))
+
+
+def _openai(url: str) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S, max_retries=0)
+
+
+def empty_cache(cache: Path) -> None:
+    """Builds of an earlier configuration must not serve the next."""
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+
+
+async def _flush(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/flush_cache")
+    answer.raise_for_status()
+
+
+async def gpu_seconds(http: httpx.AsyncClient) -> dict[str, float]:
+    """The pool's account: seconds of check, timing and profile work by outcome, since the server's start."""
+    answer = await http.get("/specgen/searches")
+    answer.raise_for_status()
+    return {name: float(value) for name, value in answer.json()["pool"].get("gpu_seconds", {}).items()}
