@@ -156,6 +156,9 @@ def test_integrity_says_which_books_differ(tmp_path: Path) -> None:
         one.write([5])
         assert page_address(one.arena, 0) == one.arena.space.base
         one.pool._arena_pages[:] = -1
+        with pytest.raises(KvError, match="0 logical pages are backed, 1 were counted"):
+            one.pool.check_integrity()
+        one.pool._backed = 0
         with pytest.raises(KvError, match="0 pages backed and 0 waiting to be freed, the arena holds 1"):
             one.pool.check_integrity()
 
