@@ -28,7 +28,7 @@ from specgen_engine.kv.native import _kv
 OnQuiet = Literal["miss", "wait"]
 
 
-@dataclass
+@dataclass(eq=False)  # held in lists: one copy is never another
 class Copy:
     """A transfer under way. `result()` must be asked before an import's bytes are used."""
 

@@ -17,7 +17,7 @@ from specgen_engine.kv.native import _kv
 POLL_S = 0.0002
 
 
-@dataclass
+@dataclass(eq=False)  # held in lists: one hold is never another
 class Hold(Copy):
     """Pages in flight by somebody else's launch: a revocation waits for them as it does for a copy."""
 
