@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 from bench.kv_tier_pack import qwen3
-from bench.machine import commit
-from specgen_engine import __version__
+from bench.plugin_pack import pack_plugin
 from specgen_engine.serving.models import tiny_model
 
 # hidden size, layers, heads, intermediate size
@@ -40,13 +39,7 @@ def main() -> int:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for traces in args.traces:
         shutil.copytree(traces, args.out / "traces" / traces.resolve().name, dirs_exist_ok=True)
-    info = args.out / "site" / f"specgen_engine-{__version__}.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: specgen-engine\nVersion: {__version__}\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nspecgen = specgen_engine.plugin:load\n")
-    (args.out / "prebuilt").mkdir(exist_ok=True)
-    shutil.copyfile(args.prebuilt, args.out / "prebuilt" / args.prebuilt.name)
-    (args.out / "COMMIT").write_text((commit() or "unknown") + "\n")
+    pack_plugin(args.out, args.prebuilt)
     return 0
 
 

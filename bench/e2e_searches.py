@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +13,9 @@ import httpx
 from openai import AsyncOpenAI
 
 from bench.e2e_configurations import Configuration, Search
+from specgen_engine.replay.command import MAX_TOKENS, chat_request
 from specgen_engine.replay.trace import Iteration, Trace
 
-MAX_TOKENS = 110_000
 TIMEOUT_S = 3_600
 # Of a candidate's record; texts are left out, so that a report stays small.
 CANDIDATE = (
@@ -71,24 +70,9 @@ async def play_phase(
 
 async def play_one(client: AsyncOpenAI, play: Play, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
     """One chat request, as an agent sends it."""
-    asked = {
-        "task": play.trace.task_source,
-        "name": play.trace.name,
-        "iteration": play.iteration.number,
-        "trigger": play.search.trigger,
-        "termination": play.search.termination,
-    }
-    prompt = (
-        f"Write a faster module ModelNew with the same results as Model.\n\n```python\n{play.trace.task_source}\n```\n"
-    )
     started = time.monotonic()
-    answer = await client.chat.completions.create(
-        model="default",
-        messages=[{"role": "user", "content": prompt}],
-        max_tokens=max_tokens,
-        temperature=0,
-        extra_body={"custom_params": {"specgen": json.dumps(asked)}},
-    )
+    request = chat_request(play.trace, play.iteration, *play.search, max_tokens)
+    answer = await client.chat.completions.create(**request)
     client_s = time.monotonic() - started
     return row_of(play, answer.model_dump()["sglext"]["specgen"], client_s)
 
@@ -119,11 +103,11 @@ def tokens_at_verdicts(decisions: list[Mapping[str, Any]]) -> list[int]:
     return found
 
 
-async def warm_up(url: str, plays: list[Play]) -> None:
+async def warm_up(url: str, traces: list[Trace]) -> None:
     """Each task checked by an evaluator and its prompt read once: what every configuration is spared alike."""
-    silent = [play._replace(search=Search("none", "none")) for play in plays]
+    plays = [Play(trace, trace.iterations[0], Search("none", "none")) for trace in traces]
     async with _openai(url) as client:
-        await asyncio.gather(*(play_one(client, play, max_tokens=4) for play in silent))
+        await asyncio.gather(*(play_one(client, play, max_tokens=4) for play in plays))
 
 
 def _openai(url: str) -> AsyncOpenAI:

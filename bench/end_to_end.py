@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import sys
@@ -66,7 +67,7 @@ class Bench:
         say(f"starting a server: {variant}")
         with server(self.setup, variant, cache) as up:
             say(f"up in {up.startup_s:.0f} s")
-            asyncio.run(warm_up(up.url, [play for play, _ in self.plays(wanted[:1], warm=True)]))
+            asyncio.run(warm_up(up.url, self.traces))
             say("every task is known to the evaluators")
             for one in wanted:
                 if self.out_of_time():
@@ -74,16 +75,14 @@ class Bench:
                 for seed in self.args.seeds:
                     self.phase(up.url, one, seed, cache)
 
-    def plays(self, wanted: list[Configuration], warm: bool = False, seed: int = 0) -> list[tuple[Play, str]]:
-        """(play, trace) of each trace and configuration; `warm` asks for no budget."""
+    def plays(self, one: Configuration, seed: int) -> list[Play]:
+        """What of a configuration is not in the report yet."""
         found = []
-        for one in wanted:
-            for trace in self.traces:
-                iteration = trace.iterations[0]
+        for trace in self.traces:
+            if self.row(one.name, trace.name, seed) is None:
                 alone = self.row(SEQUENTIAL, trace.name, seed)
-                budget = tokens(alone) if alone else None
-                search = CONFIGURATIONS[SEQUENTIAL].search(1) if warm else one.search(self.target_of(trace), budget)
-                found.append((Play(trace, iteration, search), trace.name))
+                search = one.search(self.target_of(trace), tokens(alone) if alone else None)
+                found.append(Play(trace, trace.iterations[0], search))
         return found
 
     def target_of(self, trace: Trace) -> float:
@@ -104,7 +103,7 @@ class Bench:
         return any(self.row(one.name, trace.name, seed) is None for trace in self.traces for seed in self.args.seeds)
 
     def phase(self, url: str, one: Configuration, seed: int, cache: Path) -> None:
-        plays = [play for play, name in self.plays([one], seed=seed) if self.row(one.name, name, seed) is None]
+        plays = self.plays(one, seed)
         if not plays:
             return
         random.Random(seed).shuffle(plays)
@@ -178,8 +177,6 @@ def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> di
             **new_report(SCHEMA, args.seeds[0], "bench.end_to_end"), "kind": "replayed through the real engine",
             **conditions, "phases": [], "rows": [],
         }  # fmt: skip
-    import json
-
     try:
         report: dict[str, Any] = json.loads(args.resume.read_text())
     except (OSError, ValueError) as error:

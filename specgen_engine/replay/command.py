@@ -109,25 +109,32 @@ def play(traces: list[Trace], options: ReplayOptions, server: Server) -> dict[st
 
 def play_iteration(trace: Trace, iteration: Iteration, options: ReplayOptions, server: Server) -> dict[str, Any]:
     """One chat request. sequential is a search without forks: the whole reasoning, then its answer is evaluated."""
-    forks = options.mode == "specgen"
+    policy = (options.trigger, options.termination) if options.mode == "specgen" else ("none", "none")
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=3600, max_retries=0)
+    answer = client.chat.completions.create(**chat_request(trace, iteration, *policy)).model_dump()
+    message = answer["choices"][0]["message"]
+    return row_of(answer["sglext"]["specgen"], iteration, message["content"] or "", answer["usage"])
+
+
+def chat_request(
+    trace: Trace, iteration: Iteration, trigger: str, termination: str, max_tokens: int = MAX_TOKENS
+) -> dict[str, Any]:
+    """What the openai client is given to replay an iteration, as an agent would send it."""
+    prompt = f"Write a faster module ModelNew with the same results as Model.\n\n```python\n{trace.task_source}\n```\n"
     asked = {
         "task": trace.task_source,
         "name": trace.name,
         "iteration": iteration.number,
-        "trigger": options.trigger if forks else "none",
-        "termination": options.termination if forks else "none",
+        "trigger": trigger,
+        "termination": termination,
     }
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=3600, max_retries=0)
-    prompt = f"Write a faster module ModelNew with the same results as Model.\n\n```python\n{trace.task_source}\n```\n"
-    answer = client.chat.completions.create(
-        model="default",
-        messages=[{"role": "user", "content": prompt}],
-        max_tokens=MAX_TOKENS,
-        temperature=0,
-        extra_body={"custom_params": {"specgen": json.dumps(asked)}},
-    ).model_dump()
-    message = answer["choices"][0]["message"]
-    return row_of(answer["sglext"]["specgen"], iteration, message["content"] or "", answer["usage"])
+    return {
+        "model": "default",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "extra_body": {"custom_params": {"specgen": json.dumps(asked)}},
+    }
 
 
 def row_of(search: dict[str, Any], iteration: Iteration, answer: str, usage: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from specgen_engine.kv.base import ArenaFull, CopyTimeout, KvError, QuietLease, StalePages
+from specgen_engine.kv.hold import hold
 from specgen_engine.kv.lender import MAX_QUIET_S
 from specgen_engine.kv.native import _kv
 from tests.kv.support import Side, make_lender, open_fds, settles
@@ -64,6 +65,20 @@ def test_pages_given_out_again_are_stale_to_their_former_holder(tmp_path: Path) 
     with pytest.raises(StalePages) as caught:
         side.arena.import_([0, 1, 2], second).result()
     assert caught.value.positions.tolist() == [0, 2]
+    link.close()
+    lender.close()
+
+
+def test_the_later_of_two_holds_may_end_first(tmp_path: Path) -> None:
+    side, lender = Side("tp0"), make_lender(tmp_path)
+    link = side.connect(lender)
+    link.grow(1)
+    earlier, later = (hold(side.arena, side.arena.allocate(2), _kv.Direction.EXPORT) for _ in range(2))
+    later.release()
+    assert later.done()
+    assert not earlier.done()
+    earlier.release()
+    side.arena.check_integrity()
     link.close()
     lender.close()
 
