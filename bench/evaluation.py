@@ -25,6 +25,7 @@ from typing import Any
 
 from bench.evaluation_figures import KINDS, summary
 from bench.machine import new_report, write_report
+from bench.service_times import kind_of
 from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.evaluation.base import Candidate, Status, Task, Verdict
 from specgen_engine.evaluation.limits import EvaluationLimits
@@ -51,7 +52,7 @@ def read_answers(traces: Path, only: str) -> list[Answer]:
         source = extract_candidate(path.read_text())
         if source is None or "cpu" in folder.name or not re.search(only, name):
             continue
-        kind = "cuda" if "load_inline" in source else "triton" if "import triton" in source else "torch"
+        kind = kind_of(source)
         task = Task((folder / "task.py").read_text(), folder.name)
         found.append(Answer(name, task, Candidate(source), kind))
     return found

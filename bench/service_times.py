@@ -24,7 +24,7 @@ class Service(NamedTuple):
 
 
 def kind_of(source: str) -> Kind:
-    """By what the module imports, as bench.evaluation does."""
+    """By what the module imports."""
     return "cuda" if "load_inline" in source else "triton" if "import triton" in source else "torch"
 
 
@@ -58,14 +58,16 @@ class ServiceTimes:
 def read_service_times(paths: Iterable[str], kinds: dict[str, Kind]) -> ServiceTimes:
     """From specgen.verdicts/1 and specgen.scores/1 reports. kinds: of the answers that are studied.
 
-    Where a report lists compile_s, its CUDA answers were linked from earlier builds: those seconds stand for all of
-    them. built_alone_s, one build with nothing beside it, stands before any other. Raises ValueError naming the file.
+    Where a report, or a run in it, lists compile_s, its CUDA answers were linked from earlier builds: those seconds
+    stand for all of them. built_alone_s, one build with nothing beside it, stands before any other. Raises ValueError naming the
+    file.
     """
     times, listed, alone = ServiceTimes(), [], []
     for path in paths:
         try:
             report = json.loads(Path(path).read_text())
-            listed += report.get("compile_s", [])
+            for run in report.get("runs", [report]):
+                listed += run.get("compile_s", [])
             rows = report.get("verdicts") or [{"candidate": name, **row} for name, row in report["answers"].items()]
             for row in rows:
                 alone += [row["built_alone_s"]] if "built_alone_s" in row else []
