@@ -59,8 +59,9 @@ def read_service_times(paths: Iterable[str], kinds: dict[str, Kind]) -> ServiceT
     """From specgen.verdicts/1 and specgen.scores/1 reports. kinds: of the answers that are studied.
 
     Where a report, or a run in it, lists compile_s, its CUDA answers were linked from earlier builds: those seconds
-    stand for all of them. built_alone_s, one build with nothing beside it, stands before any other. Raises ValueError naming the
-    file.
+    stand for all of them. built_alone_s, one build with nothing beside it, stands before any other.
+
+    Raises ValueError naming the file.
     """
     times, listed, alone = ServiceTimes(), [], []
     for path in paths:
