@@ -200,7 +200,7 @@ def test_a_live_pool_times_without_copies_and_has_memory_back_ahead_of_jobs(lent
         assert not [at for at in copies.began if began < at < ended], "a copy began while a kernel was timed"
         assert [at for at in copies.began if at < began]
         assert [at for at in copies.began if at > ended]
-    assert came_back_at < spans[1][0], "the device on which no job ever starts gave its memory back too, by the first job"
+    assert came_back_at < spans[1][0], "the device on which no job ever starts gave its memory back too"
 
 
 class Copies:
