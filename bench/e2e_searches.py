@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 from openai import AsyncOpenAI
 
 from bench.e2e_configurations import Configuration, Search
+from specgen_engine.evaluation.buildcache import forget_builds
 from specgen_engine.replay.command import MAX_TOKENS, chat_request
 from specgen_engine.replay.trace import Iteration, Trace
 
@@ -20,7 +20,7 @@ TIMEOUT_S = 3_600
 # Of a candidate's record; texts are left out, so that a report stays small.
 CANDIDATE = (
     "hash", "source", "submitted_s", "verdict_s", "status", "speedup", "interval", "candidate_ms", "reference_ms",
-    "stages", "forks", "at_token", "order", "roofline", "sandbox", "device",
+    "stages", "forks", "at_token", "order", "roofline", "sandbox", "device", "reason",
 )  # fmt: skip
 FORK = (
     "n", "trigger", "at_token", "started_s", "finished_s", "tokens", "state", "candidate", "prefix_reused",
@@ -116,8 +116,7 @@ def _openai(url: str) -> AsyncOpenAI:
 
 def empty_cache(cache: Path) -> None:
     """Builds of an earlier configuration must not serve the next."""
-    shutil.rmtree(cache, ignore_errors=True)
-    cache.mkdir(parents=True, exist_ok=True)
+    forget_builds(cache)
 
 
 async def _flush(http: httpx.AsyncClient) -> None:

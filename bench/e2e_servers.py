@@ -21,6 +21,8 @@ GPU_ARGUMENTS = (
     *("--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled", "--random-seed", "1"),
     *("--max-running-requests", "64", "--cuda-graph-max-bs-decode", "32"),
 )
+# With the default of 8 splits a step's time grew with the longest context by 0.75 ms per 1,000 tokens on an H200.
+TRITON_ARGUMENTS = ("--triton-attention-num-kv-splits", "64")
 # Forks of many searches at once, and answers of up to 4,600 tokens.
 FORK_ARGUMENTS = ("--specgen-fork-total", "32", "--specgen-fork-max-tokens", "8192")
 
@@ -103,6 +105,8 @@ def _on_gpu(setup: Setup, words: list[str]) -> tuple[list[str], dict[str, str]]:
     shared = serve in evaluate
     words = ["--enable-specgen", "--model-path", str(setup.model), *GPU_ARGUMENTS, *words]
     words += ["--base-gpu-id", str(serve), "--attention-backend", setup.attention_backend]
+    if setup.attention_backend == "triton":
+        words += TRITON_ARGUMENTS
     words += ["--mem-fraction-static", "0.6" if shared else "0.85"]
     words += ["--specgen-evaluation-device", ",".join(f"cuda:{number}" for number in evaluate)]
     return words, dict(os.environ)

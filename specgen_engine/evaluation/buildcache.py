@@ -99,23 +99,43 @@ def complete_build(cache: Path, key: str) -> Path | None:
 def sweep(cache: Path) -> int:
     """Remove folders that no build was kept of and whose owner is gone (a killed worker's); returns how many."""
     kept = {complete_build(cache, path.stem) for path in cache.glob(f"*.{COMPLETE}")}
-    removed = 0
-    for path in cache.glob(f"{_PREFIX}*"):
-        try:
-            if path in kept or time.time() - path.stat().st_mtime < ABANDONED_S:
-                continue
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-            removed += 1
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
-    return removed
+    return sum(
+        _remove_unowned(path) for path in cache.glob(f"{_PREFIX}*") if path not in kept and _age_s(path) >= ABANDONED_S
+    )
+
+
+def forget_builds(cache: Path) -> int:
+    """Remove every complete build and every remembered hang; returns how many folders went.
+
+    The cache's own folder and the folders that running workers prepared stay: a worker enters its sandbox with them,
+    so without them its next candidate could not be built.
+    """
+    for path in (*cache.glob(f"*.{COMPLETE}"), *cache.glob(f"*.{HANG}")):
+        path.unlink(missing_ok=True)
+    return sum(_remove_unowned(path) for path in cache.glob(f"{_PREFIX}*"))
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _remove_unowned(path: Path) -> bool:
+    """Whether the folder went: not when it is gone already, or when its owner lives."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def remember_hang(cache: Path, task: str, candidate: str, reason: str) -> None:

@@ -6,7 +6,14 @@ import os
 import time
 from pathlib import Path
 
-from specgen_engine.evaluation.buildcache import BuildFolder, PreparedFolder, remember_hang, remembered_hang, sweep
+from specgen_engine.evaluation.buildcache import (
+    BuildFolder,
+    PreparedFolder,
+    forget_builds,
+    remember_hang,
+    remembered_hang,
+    sweep,
+)
 
 
 def test_a_complete_build_is_found_again_where_it_was_made(tmp_path: Path) -> None:
@@ -40,6 +47,20 @@ def test_two_builds_of_one_candidate_at_a_time(tmp_path: Path) -> None:
         second.keep()
     with BuildFolder(tmp_path, "k") as third:
         assert not third.hit  # the second was nobody's to keep, the first was never complete
+
+
+def test_forgetting_builds_leaves_the_folder_that_a_waiting_worker_prepared(tmp_path: Path) -> None:
+    with BuildFolder(tmp_path, "done") as build:
+        build.keep()
+    remember_hang(tmp_path, "task", "stuck", "a loop")
+    waiting = PreparedFolder(tmp_path)
+    assert forget_builds(tmp_path) == 1
+    assert remembered_hang(tmp_path, "task", "stuck") is None
+    assert sorted(tmp_path.glob("build-*")) == [waiting.path]
+    with BuildFolder(tmp_path, "done", prepared=lambda: waiting) as build:
+        assert not build.hit
+        assert build.path == waiting.path
+        assert build.path.is_dir()
 
 
 def test_sweep_removes_only_what_nobody_owns(tmp_path: Path) -> None:
