@@ -29,10 +29,14 @@ def best_at_seconds(row: Row, seconds: float) -> float | None:
     return max((one["speedup"] for one in correct(row) if one["verdict_s"] <= seconds), default=None)
 
 
-def best_at_tokens(row: Row, tokens: float) -> float | None:
-    """Best speed-up among the verdicts that were in when so many base and fork tokens had been spent."""
-    spent = row["verdict_tokens"]
-    return max((one["speedup"] for one in correct(row) if spent[one["order"]] <= tokens), default=None)
+def best_at_tokens(row: Row, budget: float) -> float | None:
+    """Best speed-up among the verdicts that were in when so many base and fork tokens had been spent.
+
+    A verdict that no decision followed, such as sequential's only one, came when all tokens had been spent.
+    """
+    spent, total = row["verdict_tokens"], tokens(row)
+    at = [spent[one["order"]] if one["order"] < len(spent) else total for one in correct(row)]
+    return max((one["speedup"] for one, then in zip(correct(row), at, strict=True) if then <= budget), default=None)
 
 
 def accepted(row: Row) -> float | None:

@@ -49,6 +49,13 @@ def test_one_trace_beside_its_sequential_run() -> None:
     assert found["base_rate_over_sequential"] == pytest.approx(0.9)
 
 
+def test_a_verdict_that_no_decision_followed_came_after_all_tokens() -> None:
+    row = {**ALONE, "verdict_tokens": []}
+    spent = e2e_report.tokens(row)
+    assert e2e_report.best_at_tokens(row, spent - 1) is None
+    assert e2e_report.best_at_tokens(row, spent) == e2e_report.accepted(row)
+
+
 def test_a_criterion_that_is_not_met_gains_nothing() -> None:
     found = e2e_report.compare(FORKED, ALONE, 1.7)
     assert (found["met"], found["gain"], found["time_over_sequential"]) == (False, 1.0, 0.4)
