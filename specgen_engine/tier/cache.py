@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from specgen_engine.protocol import is_fork, search_of
 from specgen_engine.tier import losses
 from specgen_engine.tier.policy import Destination, Segment, Source, destination, eviction_rank
 from specgen_engine.tier.pool import ArenaPool
+from specgen_engine.tier.prefetch import Prefetcher
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,16 @@ class Writer(NamedTuple):
 
 
 NOBODY = Writer(Source.PLAIN, "", False)
+
+
+class Ahead(NamedTuple):
+    """A load that belongs to no batch: its nodes, as they are known while they load, and its layers' events."""
+
+    nodes: frozenset[int]
+    consumer: int
+
+
+NOTHING_AHEAD = Ahead(frozenset(), -1)
 
 
 class TierController(HiCacheController):
@@ -95,11 +106,13 @@ class TierRadixCache(HiRadixCache):
     def __init__(self, params: Any, server_args: Any, make_pool: Callable[..., ArenaPool]) -> None:
         self._searches: Container[str] = ()
         self._writer = NOBODY
+        self._ahead = NOTHING_AHEAD
         with substituted(make_pool):
             super().__init__(params, server_args)
         self.pool: ArenaPool = self.token_to_kv_pool_host
         self.stats = self.pool.stats
         self.eviction_strategy = ReuseStrategy(self.segment_of)
+        self.prefetcher = Prefetcher(self)
         self._agree_on_losses()
 
     # ---- policy
@@ -183,11 +196,38 @@ class TierRadixCache(HiRadixCache):
         return indices, node
 
     def ready_to_load_host_cache(self) -> int:
+        """The events that a batch's layers wait for: its own load's, else those of a prefetch that is under way.
+
+        Loads follow each other on one stream, so its own load's events come after the prefetch's.
+        """
         began = time.perf_counter()
         consumer: int = super().ready_to_load_host_cache()
         if consumer >= 0:
             self.stats.add("admission_seconds", time.perf_counter() - began)
-        return consumer
+            return consumer
+        if self._ahead.nodes and self._ahead.nodes.isdisjoint(self.ongoing_load_back):
+            self._ahead = NOTHING_AHEAD
+        return self._ahead.consumer
+
+    def fetch_ahead(self, matches: Iterable[Any], quota: int) -> int:
+        """Load what matches of waiting requests have in the tier only, up to `quota` tokens, evicting nothing.
+
+        `matches` is read one by one: each is made after the last one's nodes have been given their pages.
+        """
+        tokens, nodes = 0, set()
+        for match in matches:
+            room = min(quota - tokens, self.token_to_kv_pool_allocator.available_size())
+            if not 0 < match.host_hit_length <= room:
+                continue
+            params = InitLoadBackParams(match.best_match_node, match.host_hit_length, mem_quota=room)
+            indices, node = self.init_load_back(params)
+            if len(indices):
+                nodes.add(node.id)
+                tokens += len(indices)
+        if tokens:
+            self._ahead = Ahead(frozenset(nodes), self.ready_to_load_host_cache())
+            self.stats.add("prefetched_tokens", tokens)
+        return tokens
 
     def _readable(self, node: Any) -> tuple[Any, Any]:
         """(the last node down to which all ranks can read, this rank's hold on those pages)."""

@@ -48,6 +48,14 @@ def radix_cache(original: Callable[[Any], Any], ctx: Any) -> Any:
         raise
 
 
+def prefetch(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After a step's admissions: prefixes of requests that still wait are fetched from the tier."""
+    if scheduler.waiting_queue:
+        from specgen_engine.tier.prefetch import after_admissions
+
+        after_admissions(scheduler, *result)
+
+
 def internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
     """`specgen_kv` in /server_info: counts, and the books of arena and pool, recounted."""
     from specgen_engine.tier.build import describe

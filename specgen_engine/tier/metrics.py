@@ -14,6 +14,7 @@ COUNTERS = {
     "restores": "Prefixes restored.",
     "admission_seconds": "Seconds that the scheduler itself spent on restores before their forward.",
     "restored_tokens": "Tokens of restored prefixes.",
+    "prefetched_tokens": "Tokens of prefixes restored before their request was admitted.",
     "hit_tokens_device": "Prompt tokens found in the GPU's own cache.",
     "hit_tokens_tier": "Prompt tokens restored from the tier.",
     "hit_tokens_storage": "Prompt tokens restored from a storage backend through the tier.",

@@ -73,6 +73,14 @@ def destination(source: Source, finished: bool) -> Destination:
     return Destination.PEER
 
 
+def spare_tokens(free: int, evictable: int, promised: int) -> int:
+    """KV that prefetches may take: free, so that they evict nothing, and beyond what running requests were promised.
+
+    What a prefetch takes can't be evicted until it has arrived; then it can be, like any other prefix.
+    """
+    return max(0, min(free, free + evictable - promised))
+
+
 def prefetches(waiting: Sequence[Waiting], free_tokens: int, threshold: int = 64) -> list[str]:
     """Requests whose prefixes are fetched before they are admitted, in queue order, ordinary ones first.
 

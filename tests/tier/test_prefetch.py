@@ -1,0 +1,141 @@
+"""Prefetching for waiting requests, on SGLang's radix cache over shared memory: what is fetched, and what never is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specgen_engine.tier.policy import spare_tokens
+from tests.tier.support import Tier, radix_cache, tier
+from tests.tier.two_ranks import LENGTH, PAGE, evict, publish, restore, tokens_of
+
+TOKENS = 1024
+
+
+class Setting(NamedTuple):
+    cache: Any
+    tier: Tier
+
+    @property
+    def allocator(self) -> Any:
+        return self.cache.token_to_kv_pool_allocator
+
+    def accounted(self) -> int:
+        return int(self.allocator.available_size() + self.cache.evictable_size() + self.cache.protected_size())
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def evicted(tmp_path: Path, group: Any) -> Iterator[Setting]:
+    """Three prefixes that only the tier has."""
+    folder = tmp_path / "lender"
+    folder.mkdir(mode=0o700)
+    with tier(folder, "mha", PAGE, torch.float32, chunks=(13,), chunk_bytes=256 << 10, tokens=TOKENS) as one:
+        cache = radix_cache(one, group)
+        for prefix in range(3):
+            publish(cache, one, prefix)
+        evict(cache)
+        yield Setting(cache, one)
+        one.pool.check_integrity()
+
+
+def waiting(prefix: int, rid: str = "") -> Any:
+    """A request that has a prefix and two tokens more."""
+    ids = [*tokens_of(prefix), 5, 6]
+    return SimpleNamespace(rid=rid or f"r{prefix}", origin_input_ids=ids, output_ids=[], extra_key=None)
+
+
+def step(one: Setting, *queue: Any, promised: int = 0) -> int:
+    return int(one.cache.prefetcher.step(list(queue), promised))
+
+
+def test_a_waiting_requests_prefix_is_on_the_device_before_it_is_admitted(evicted: Setting) -> None:
+    free = evicted.allocator.available_size()
+    assert step(evicted, waiting(1)) == LENGTH
+    assert evicted.allocator.available_size() == free - LENGTH
+    assert evicted.cache.protected_size() == LENGTH
+    evicted.cache.check_hicache_events()
+    assert (evicted.cache.protected_size(), evicted.cache.evictable_size()) == (0, LENGTH)
+    assert evicted.accounted() == TOKENS
+    restores = evicted.cache.stats.counts["restores"]
+    assert restore(evicted.cache, evicted.tier, 1) == LENGTH
+    assert evicted.cache.stats.counts["restores"] == restores
+    assert evicted.cache.stats.counts["prefetched_tokens"] == LENGTH
+
+
+def test_batches_wait_for_a_prefetch_until_it_has_arrived(evicted: Setting) -> None:
+    """A request that is admitted while its prefix arrives must not read pages that are not there."""
+    cache = evicted.cache
+    assert cache.ready_to_load_host_cache() == -1
+    assert step(evicted, waiting(0))
+    ahead = cache.ready_to_load_host_cache()
+    assert ahead == cache.cache_controller.layer_done_counter.producer_index >= 0
+    assert cache.ready_to_load_host_cache() == ahead
+    cache.check_hicache_events()
+    assert cache.ready_to_load_host_cache() == -1
+
+
+def test_a_second_load_waits_for_the_first_to_end(evicted: Setting) -> None:
+    assert step(evicted, waiting(0)) == LENGTH
+    assert step(evicted, waiting(1)) == 0
+    evicted.cache.check_hicache_events()
+    assert step(evicted, waiting(1)) == LENGTH
+
+
+def test_nothing_is_evicted_and_nothing_promised_is_taken(evicted: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evicted.cache, "evict", lambda *_: pytest.fail("a prefetch evicted"))
+    held = evicted.allocator.alloc(TOKENS - 2 * LENGTH)
+    assert step(evicted, waiting(0), waiting(1), promised=LENGTH + 1) == 0
+    assert step(evicted, waiting(2), waiting(1, "r1b"), promised=LENGTH) == LENGTH
+    evicted.cache.check_hicache_events()
+    assert evicted.allocator.available_size() == LENGTH
+    evicted.allocator.free(held)
+
+
+def test_requests_that_share_a_prefix_fetch_it_once_and_are_not_looked_up_every_step(
+    evicted: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookups = []
+    original = evicted.cache.match_prefix
+    monkeypatch.setattr(evicted.cache, "match_prefix", lambda params: (lookups.append(1), original(params))[1])
+    queue = [waiting(0, "first"), waiting(0, "second")]
+    assert step(evicted, *queue) == LENGTH
+    evicted.cache.check_hicache_events()
+    seen = len(lookups)
+    for _ in range(5):
+        assert step(evicted, *queue) == 0
+    assert len(lookups) == seen
+    for _ in range(16):
+        step(evicted, *queue)
+    assert len(lookups) == seen + len(queue)
+
+
+def test_pages_lost_meanwhile_are_not_fetched_and_nothing_leaks(evicted: Setting) -> None:
+    for lender in evicted.tier.own:
+        for epoch in lender.epochs().values():
+            lender.revoke(epoch, 13, bound_s=2.0)
+    assert step(evicted, waiting(0), waiting(1)) == 0
+    evicted.cache.check_hicache_events()
+    assert evicted.accounted() == evicted.allocator.available_size() == TOKENS
+
+
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 10_000))
+def test_what_is_spare_is_free_and_leaves_what_was_promised(free: int, evictable: int, promised: int) -> None:
+    spare = spare_tokens(free, evictable, promised)
+    assert 0 <= spare <= free
+    assert spare == 0 or free + evictable - spare >= promised
