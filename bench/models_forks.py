@@ -74,14 +74,10 @@ def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
     ]
     with_cache = together_in(shape.bases, [partial(client.generate, ids["input_ids"], 1) for ids, _ in forks])
     order = [at for offset in range(shape.forks) for at in range(offset, len(forks), shape.forks)]
-    fresh: dict[int, Generated] = {}
-    for at in range(0, len(order), shape.bases):
-        group = order[at : at + shape.bases]
-        client.flush()
-        calls = [
-            partial(client.generate, one["input_ids"], len(one["output_ids"])) for one in (forks[i][0] for i in group)
-        ]
-        fresh |= dict(zip(group, together(calls), strict=True))
+    fresh = from_empty_cache(client, [ids for ids, _ in forks], order, shape.bases)
+    again = from_empty_cache(
+        client, [ids for ids, _ in forks], order[shape.bases // 2 :] + order[: shape.bases // 2], 5
+    )
     compared = [compare(at, forks[at], with_cache[at], fresh[at]) for at in range(len(forks)) if fresh[at].cached < 64]
     return {
         "forks": sum(len(record["forks"]) for record in records),
@@ -97,37 +93,66 @@ def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
         "reused_share": _share(compared, forks),
         "rounded_off_mean": statistics.mean([one.lost for one in compared]) if compared else None,
         "rounded_off_max": max((one.lost for one in compared), default=None),
+        "control": control([fresh[at] for at in range(len(forks))], [again[at] for at in range(len(forks))]),
         "sensitivity": sensitivity(client, [forks[at][0]["input_ids"] for at in range(0, len(forks), shape.forks)]),
         "bases": check_bases(client, records),
         "seconds": time.monotonic() - start,
     }
 
 
+def from_empty_cache(
+    client: Client, forks: Sequence[dict[str, Any]], order: Sequence[int], at_once: int
+) -> dict[int, Generated]:
+    """The forks' inputs computed without a cached prefix, so many at once in this order; by the fork's place."""
+    found: dict[int, Generated] = {}
+    for at in range(0, len(order), max(1, at_once)):
+        group = order[at : at + max(1, at_once)]
+        client.flush()
+        calls = [partial(client.generate, forks[i]["input_ids"], len(forks[i]["output_ids"])) for i in group]
+        found |= dict(zip(group, together(calls), strict=True))
+    return found
+
+
+def control(first: Sequence[Generated], second: Sequence[Generated]) -> dict[str, Any]:
+    """The engine against itself: both from an empty cache, in batches of other sizes. What forks may differ by, too."""
+    away = [_away(a, b) for a, b in zip(first, second, strict=True)]
+    return {
+        "inputs": len(away),
+        "equal": sum(a.ids == b.ids for a, b in zip(first, second, strict=True)),
+        "first_token_equal": sum(a.ids[0] == b.ids[0] for a, b in zip(first, second, strict=True)),
+        "logprob_within": sum(one <= TOLERANCE for one in away),
+        "logprob_max": max(away, default=None),
+        "logprob_median": statistics.median(away) if away else None,
+    }
+
+
+def _away(a: Generated, b: Generated) -> float:
+    """How far b's logprob of a's first token is from a's; the least that b lists where it lists no such token."""
+    least = min(b.first.values()) if b.first else float("-inf")
+    return abs(a.logprobs[0] - b.first.get(a.ids[0], least))
+
+
 def compare(at: int, fork: tuple[dict[str, Any], dict[str, Any]], cached: Generated, fresh: Generated) -> Compared:
     """`lost`: tokens of prompt and reasoning that the fork computed again because its prefix was rounded down."""
     ids, record = fork
-    token = cached.ids[0]
-    known = fresh.first.get(token, min(fresh.first.values()) if fresh.first else float("-inf"))
     return Compared(
         at,
         list(ids["output_ids"]) == fresh.ids,
         ids["output_ids"][0] == fresh.ids[0],
-        abs(cached.logprobs[0] - known),
+        _away(cached, fresh),
         record["prefix_reused"],
         record["prompt_tokens"] + record["at_token"] - record["prefix_reused"],
     )
 
 
 def sensitivity(client: Client, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """How far the first token's logprob moves when one token in the prefix's middle is another: what errors do."""
+    """How far the first token's logprob moves when a page of 64 tokens in the prefix is another: what errors do."""
     client.flush()
     right = together([partial(client.generate, ids, 1) for ids in inputs])
-    changed = [[*ids[: len(ids) // 2], ids[len(ids) // 2] + 1, *ids[len(ids) // 2 + 1 :]] for ids in inputs]
+    changed = [other_page(ids, len(ids) // 2) for ids in inputs]
     client.flush()
     wrong = together([partial(client.generate, ids, 1) for ids in changed])
-    shifts = [
-        abs(a.logprobs[0] - b.first.get(a.ids[0], min(b.first.values()))) for a, b in zip(right, wrong, strict=True)
-    ]
+    shifts = [_away(a, b) for a, b in zip(right, wrong, strict=True)]
     same = sum(a.ids == b.ids for a, b in zip(right, wrong, strict=True))
     return {
         "inputs": len(shifts),
@@ -137,8 +162,16 @@ def sensitivity(client: Client, inputs: Sequence[Sequence[int]]) -> dict[str, An
     }
 
 
+def other_page(ids: Sequence[int], start: int, page: int = 64) -> list[int]:
+    """The ids with the page from `start` on in reverse order and each id one more: another page's KV, as it were."""
+    return [*ids[:start], *(one + 1 for one in reversed(ids[start : start + page])), *ids[start + page :]]
+
+
 def check_bases(client: Client, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same bases without a fork, all at once: tokens up to the first that differs."""
+    """The same bases without a fork, all at once, twice: tokens up to the first that differs from the forked ones'.
+
+    control_tokens: those on which the two runs without a fork agree, which is all that forked bases could.
+    """
     client.flush()
     prompts = [record["ids"]["forks"][0]["input_ids"][: record["forks"][0]["prompt_tokens"]] for record in records]
     calls = [
@@ -146,12 +179,16 @@ def check_bases(client: Client, records: list[dict[str, Any]]) -> dict[str, Any]
         for prompt, record in zip(prompts, records, strict=True)
     ]
     plain = together(calls)
+    client.flush()
+    twice = together(calls)
     agreed = [_agreed(record["ids"]["base"], one.ids) for record, one in zip(records, plain, strict=True)]
     lengths = [len(record["ids"]["base"]) for record in records]
     return {
         "bases": len(records),
         "equal": sum(a == b for a, b in zip(agreed, lengths, strict=True)),
         "tokens_equal": sum(agreed),
+        "control_equal": sum(a.ids == b.ids for a, b in zip(plain, twice, strict=True)),
+        "control_tokens": sum(_agreed(a.ids, b.ids) for a, b in zip(plain, twice, strict=True)),
         "tokens": sum(lengths),
     }
 
