@@ -14,6 +14,10 @@ from specgen_engine.errors import SpecGenError
 
 VOCABULARY = (1_000, 40_000)
 SUFFIX = 8
+METRICS = (
+    *("sglang:load_back_tokens_total", "sglang:load_back_duration_seconds_sum"),
+    *("specgen_kv_restore_seconds_total", "specgen_kv_admission_seconds_total"),
+)
 
 
 class Answer(NamedTuple):
@@ -23,6 +27,23 @@ class Answer(NamedTuple):
     ids: list[int]
     device: int
     tier: int
+
+
+class Loads(NamedTuple):
+    """Loads of the second level since the server's start. `seconds`: on the load stream, first byte to last.
+
+    admission_s: what the tier's scheduler spent on them itself; None where the server does not count it.
+    """
+
+    tokens: int
+    seconds: float
+    admission_s: float | None
+
+    def since(self, before: Loads) -> Loads:
+        spent = (
+            None if self.admission_s is None or before.admission_s is None else self.admission_s - before.admission_s
+        )
+        return Loads(self.tokens - before.tokens, self.seconds - before.seconds, spent)
 
 
 class Decodes:
@@ -98,6 +119,26 @@ class Client:
                 return
             time.sleep(0.1)
         raise SpecGenError(f"{self.url}: the cache can't be flushed: requests are still running")
+
+    def abort(self) -> None:
+        self._http.post(f"{self.url}/abort_request", json={"rid": "", "abort_all": True})
+
+    def loads(self) -> Loads:
+        """By SGLang's own counts, the same on every server; a CPU has no timed events, there the tier's are read."""
+        sums: dict[str, float] = {}
+        for line in self._http.get(f"{self.url}/metrics").text.splitlines():
+            name, _, value = line.partition("{")
+            if name in METRICS and value:
+                sums[name] = sums.get(name, 0.0) + float(value.rsplit(" ", 1)[1])
+        tokens, seconds, restored, admission = (sums.get(name) for name in METRICS)
+        return Loads(int(tokens or 0), seconds or restored or 0.0, admission)
+
+    def loads_of(self, before: Loads, tokens: int, wait_s: float = 1.0) -> Loads:
+        """Since `before`, once `tokens` have been counted: the scheduler counts a load a step after it has ended."""
+        end = time.monotonic() + wait_s
+        while (found := self.loads().since(before)).tokens < tokens and time.monotonic() < end:
+            time.sleep(0.02)
+        return found
 
     def tier_state(self) -> Any:
         return self._http.get(f"{self.url}/server_info").json()["internal_states"][0].get("specgen_kv")

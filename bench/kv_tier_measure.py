@@ -1,18 +1,22 @@
-"""What bench.kv_tier measures on a server: alone, many at once, beside decodes."""
+"""What bench.kv_tier measures on an idle server: one restore at a time, and many at once."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any, NamedTuple
 
-from bench.kv_tier_client import Answer, Client, Decodes, random_ids
+from bench.kv_tier_client import Answer, Client, Loads, random_ids
 
 COMPLETE = 0.97  # share of a prefix that must have come from the level a sample is booked under
 
 
 class Plan(NamedTuple):
-    """`crowd` prefixes of `crowd_tokens` at once; `decodes` generations of `decode_tokens` beside `loaded_tokens`."""
+    """What is asked for.
+
+    prefixes, rounds: restores alone. crowd: so many prefixes of `crowd_tokens` at once.
+    decodes: generations beside which `loaded_tokens` are restored every `pace_s`, in `pairs` of windows of `window_s`;
+    they have `decode_tokens` each. searches: see bench.kv_tier_searches, `steps` to a search.
+    """
 
     prefixes: tuple[int, ...]
     rounds: int
@@ -21,21 +25,42 @@ class Plan(NamedTuple):
     decodes: int
     decode_tokens: int
     loaded_tokens: int
+    pairs: int
     window_s: float
+    pace_s: float
+    searches: int
+    steps: int
+    search_tokens: int
+
+
+class Sample(NamedTuple):
+    seconds: float
+    loads: Loads
 
 
 def row(client: Client, level: str, prefix: int, load: str, seconds: list[float], **more: Any) -> dict[str, Any]:
-    """`gbps`: the prefix's bytes over the whole time to first token, a lower bound of what the tier moves."""
-    middle = statistics.median(seconds)
+    """`gbps` stays None where nothing was loaded."""
     return {
         "level": level,
         "prefix_tokens": prefix,
         "load": load,
-        "ttft_ms": round(middle * 1e3, 3),
+        "ttft_ms": round(statistics.median(seconds) * 1e3, 3),
         "ttft_ms_all": [round(one * 1e3, 3) for one in seconds],
-        "gbps": None if level == "recompute" else round(prefix * client.bytes_per_token / middle / 1e9, 2),
+        "gbps": None,
         "decode_slowdown": None,
         **more,
+    }
+
+
+def loaded(client: Client, found: list[Loads]) -> dict[str, Any]:
+    """Of loads: bytes a second of stream time, milliseconds of it, and what the tier's scheduler spent beside it."""
+    tokens, seconds = sum(one.tokens for one in found), sum(one.seconds for one in found)
+    spent = [one.admission_s for one in found if one.admission_s is not None]
+    return {
+        "gbps": round(tokens * client.bytes_per_token / seconds / 1e9, 2) if seconds else None,
+        "load_ms": round(seconds / len(found) * 1e3, 3) if seconds else None,
+        "admission_ms": round(sum(spent) / len(found) * 1e3, 3) if spent else None,
+        "loaded_tokens": tokens,
     }
 
 
@@ -47,100 +72,62 @@ def from_device(answer: Answer, prefix: int) -> bool:
     return answer.device >= COMPLETE * prefix
 
 
-def measure_alone(client: Client, level: str, plan: Plan, seed: int, notes: list[str]) -> list[dict[str, Any]]:
-    """One request at a time, longest prefix first, which evicts all others; a filler at the end evicts it in turn."""
+def alone_prefixes(plan: Plan, seed: int) -> tuple[dict[int, list[int]], list[int]]:
+    """({length: prefix}, longest first; a filler that evicts what is left of them)."""
     order = sorted(plan.prefixes, reverse=True)
     prefixes = {length: random_ids(seed * 1_000 + length, length) for length in order}
-    filler = random_ids(seed * 1_000 + 1, order[0] + order[0] // 8 - sum(order[1:]))
-    times: dict[tuple[str, int], list[float]] = {}
+    return prefixes, random_ids(seed * 1_000 + 1, order[0] + order[0] // 8 - sum(order[1:]))
 
-    def note(kind: str, length: int, answer: Answer, complete: bool) -> None:
-        if complete:
-            times.setdefault((kind, length), []).append(answer.seconds)
 
-    client.ask(random_ids(seed, 256))  # what a first request costs is not measured
-    for length in order:
-        answer = client.ask(prefixes[length])
-        note("recompute", length, answer, answer.device + answer.tier < 16)
-    client.ask(filler)
+def measure_alone(client: Client, level: str, plan: Plan, seed: int, notes: list[str]) -> list[dict[str, Any]]:
+    """One request at a time, after prewarm(): longest prefix first, which evicts all others, then the filler."""
+    prefixes, filler = alone_prefixes(plan, seed)
+    restored: dict[int, list[Sample]] = {}
+    own: dict[int, list[float]] = {}
     for _ in range(plan.rounds):
-        for length in order:
-            answer = client.ask(prefixes[length])
-            note(level, length, answer, from_tier(answer, length))
-            answer = client.ask(prefixes[length])
-            note("own", length, answer, from_device(answer, length))
+        for length, prefix in prefixes.items():
+            before = client.loads()
+            answer = client.ask(prefix)
+            if from_tier(answer, length):
+                sample = Sample(answer.seconds, client.loads_of(before, answer.tier))
+                restored.setdefault(length, []).append(sample)
+            answer = client.ask(prefix)
+            if from_device(answer, length):
+                own.setdefault(length, []).append(answer.seconds)
         client.ask(filler)
-    missing = [length for length in order if (level, length) not in times]
-    if missing:
+    if missing := [length for length in prefixes if length not in restored]:
         notes.append(f"{level}: no complete restore alone of {missing} tokens")
-    return [row(client, one, length, "alone", found, server=level) for (one, length), found in sorted(times.items())]
+    rows = [row(client, "own", length, "alone", seconds, server=level) for length, seconds in sorted(own.items())]
+    for length, samples in sorted(restored.items()):
+        seconds = [one.seconds for one in samples]
+        more = loaded(client, [one.loads for one in samples])
+        if length in own:
+            beyond = statistics.median(seconds) - statistics.median(own[length])
+            more["beyond_own_ms"] = round(beyond * 1e3, 3)
+        rows.append(row(client, level, length, "alone", seconds, server=level) | more)
+    return rows
 
 
 def measure_at_once(client: Client, level: str, plan: Plan, seed: int, notes: list[str]) -> list[dict[str, Any]]:
     """Many restores at once; then the same prefixes from the own cache."""
-    evictor = random_ids(seed * 1_000 + max(plan.prefixes), max(plan.prefixes))
+    evictor = alone_prefixes(plan, seed)[0][max(plan.prefixes)]
     crowd = [random_ids(seed * 77_000 + i, plan.crowd_tokens) for i in range(plan.crowd)]
     client.ask(evictor)
     client.ask_all(crowd)
-    rows = []
+    rows, load = [], f"{plan.crowd} at once"
     for _ in range(2):
         client.ask(evictor)
+        before = client.loads()
         answers, restore_s = client.ask_all(crowd)
+        moved = client.loads_of(before, sum(answer.tier for answer in answers))
         complete = sum(from_tier(answer, plan.crowd_tokens) for answer in answers)
         again, own_s = client.ask_all(crowd)
         kept = sum(from_device(answer, plan.crowd_tokens) for answer in again)
-        load = f"{plan.crowd} at once"
-        moved = sum(answer.tier for answer in answers) * client.bytes_per_token / restore_s / 1e9
         rows += [
             row(client, level, plan.crowd_tokens, load, [a.seconds for a in answers], server=level)
-            | {"gbps": round(moved, 2), "all_ms": round(restore_s * 1e3, 2), "complete": complete},
+            | loaded(client, [moved])
+            | {"all_ms": round(restore_s * 1e3, 2), "complete": complete},
             row(client, "own", plan.crowd_tokens, load, [a.seconds for a in again], server=level)
             | {"all_ms": round(own_s * 1e3, 2), "complete": kept},
         ]
     return rows
-
-
-def measure_under_decode(client: Client, level: str, plan: Plan, seed: int, notes: list[str]) -> list[dict[str, Any]]:
-    """Restores one after the other beside decodes; the decode rate beside them, beside own-cache hits, and alone."""
-    length = plan.loaded_tokens
-    cycle = [random_ids(seed * 31_000 + i, length) for i in range(8)]
-    evictor = random_ids(seed * 1_000 + max(plan.prefixes), max(plan.prefixes))
-    for prefix in cycle:
-        client.ask(prefix)
-    client.ask(evictor)
-    decodes = Decodes(client, plan.decodes, plan.decode_tokens)
-    time.sleep(plan.window_s / 4)
-    decodes.rate()
-    time.sleep(plan.window_s / 2)
-    alone = decodes.rate()
-    pause = 0.1
-    restored = _ask_for(client, cycle, plan.window_s, pause)
-    beside_restores = decodes.rate()
-    own = _ask_for(client, [cycle[(len(restored) - 1) % len(cycle)]], plan.window_s, pause)
-    beside_own = decodes.rate()
-    alive = decodes.alive
-    decodes.join()
-    if alive < plan.decodes:
-        notes.append(f"{level}: only {alive} of {plan.decodes} decodes were still running at the end")
-    load = f"{plan.decodes} decodes"
-    complete = [answer.seconds for answer in restored if from_tier(answer, length)]
-    hits = [answer.seconds for answer in own if from_device(answer, length)]
-    rates: dict[str, Any] = {"decode_alone": round(alone, 1), "decode_beside": round(beside_restores, 1)}
-    rates |= {"decode_beside_own": round(beside_own, 1), "asked": len(restored), "server": level}
-    slowdown = round(1 - beside_restores / beside_own, 4) if beside_own else None
-    rows = []
-    if complete:
-        rows.append(row(client, level, length, load, complete, **rates) | {"decode_slowdown": slowdown})
-    if hits:
-        rows.append(row(client, "own", length, load, hits, server=level))
-    notes.append(f"{level}: {len(complete)} of {len(restored)} restores beside decodes were complete")
-    return rows
-
-
-def _ask_for(client: Client, cycle: list[list[int]], seconds: float, pause_s: float) -> list[Answer]:
-    answers: list[Answer] = []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        answers.append(client.ask(cycle[len(answers) % len(cycle)]))
-        time.sleep(pause_s)
-    return answers

@@ -25,7 +25,7 @@ def plot(report: dict[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    loaded = [row for row in report["rows"] if row["load"] != "alone"]
+    loaded = [row for row in report["rows"] if row["load"] != "alone" and row["ttft_ms"] is not None]
     figure, panels = plt.subplots(1, 2 if loaded else 1, figsize=(12 if loaded else 7, 4.5), squeeze=False)
     left = panels[0][0]
     alone = [row for row in report["rows"] if row["load"] == "alone"]

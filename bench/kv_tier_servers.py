@@ -20,7 +20,10 @@ from specgen_engine.errors import SpecGenError
 from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import running_server
 
-CHUNK_MIB = 64
+CHUNK_MIB, CPU_CHUNK_MIB = 64, 1
+SMOLLM2_BYTES = 2 * 4 * 30 * 3 * 64  # a token's KV in float32
+SECOND_LEVEL = 5  # the lender and HiCache's host pool hold so many times the longest prefix
+START_S = 220
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
     *("--mem-fraction-static", "0.85", "--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled"),
@@ -40,23 +43,33 @@ class Options(NamedTuple):
 
 
 def start_servers(stack: ExitStack, options: Options) -> dict[str, Client]:
-    """{level: client}; both servers start at once. Raises SpecGenError with the log's last error."""
+    """{level: client} for the tier, `host` and `off`; all start at once. Raises SpecGenError with the log's last error.
+
+    On GPUs the tier's server and `off` share GPU 0, the lender and `host` GPU 1; on a CPU there is no `host`: SGLang's
+    own host pool has no CPU kernels.
+    """
     options.logs.mkdir(parents=True, exist_ok=True)
-    pool = options.longest + max(96, options.longest // 16)
+    pool = pool_tokens(options.longest)
     cpu = options.backend == "loopback"
-    size = "256MiB" if cpu else f"{int(2.5 * options.longest * 147_456 / 2**30) + 2}GiB"
-    socket = stack.enter_context(lender(options, size, 1 if cpu else CHUNK_MIB)).folder
+    chunk_mib = CPU_CHUNK_MIB if cpu else CHUNK_MIB
+    per_token = SMOLLM2_BYTES if cpu else kv_bytes_per_token(options.model)
+    second_gib = SECOND_LEVEL * options.longest * per_token // 2**30 + 1
+    socket = stack.enter_context(lender(options, f"{second_gib}GiB", chunk_mib)).folder
     tier = ["--specgen-kv", options.backend, "--specgen-kv-directory", str(socket)]
-    tier += ["--specgen-kv-chunk-mib", str(1 if cpu else CHUNK_MIB)]
-    levels = {options.backend: (0, tier), "host": (0 if cpu else 1, ["--specgen-kv", "host"])}
-    if cpu:
-        levels.pop("host")  # SGLang's own host pool has no CPU kernels
+    tier += ["--specgen-kv-chunk-mib", str(chunk_mib)]
+    host = ["--specgen-kv", "host", "--hicache-size", str(min(second_gib, host_gb()))]
+    levels = {options.backend: (0, tier), "off": (0, [])} | ({} if cpu else {"host": (1, host)})
     with ThreadPoolExecutor(len(levels)) as threads:
         started = {
             level: threads.submit(_start, stack, options, level, gpu, pool, arguments)
             for level, (gpu, arguments) in levels.items()
         }
         return {level: future.result() for level, future in started.items()}
+
+
+def pool_tokens(longest: int) -> int:
+    """KV of each server: the longest prefix and a little more."""
+    return longest + max(96, longest // 16)
 
 
 class LenderProcess:
@@ -98,28 +111,26 @@ def lender(options: Options, size: str, chunk_mib: int, gpu: int = 1) -> Iterato
 
 
 def _start(stack: ExitStack, options: Options, level: str, gpu: int, pool: int, arguments: list[str]) -> Client:
-    words = [*arguments, "--max-total-tokens", str(pool)]
+    words = [*arguments, "--max-total-tokens", str(pool), "--enable-metrics"]
     environment = dict(os.environ)
     if options.backend == "loopback":
-        launch = prepare(["--tiny", *words])
+        launch = prepare(["--smollm", *words])
         words, environment = launch.arguments, launch.environment
-        per_token = 256
+        per_token = SMOLLM2_BYTES
     else:
         words += ["--enable-specgen", "--model-path", str(options.model), *GPU_ARGUMENTS]
         words += ["--attention-backend", options.attention_backend, "--base-gpu-id", str(gpu)]
-        words += ["--hicache-size", str(host_gb())] if level == "host" else []
         per_token = kv_bytes_per_token(options.model)
     server = stack.enter_context(
-        running_server(words, options.logs / f"server_{level}.log", environment, timeout_s=280)
+        running_server(words, options.logs / f"server_{level}.log", environment, timeout_s=START_S)
     )
     print(f"{level}: up in {server.startup_s:.0f} s", flush=True)
     return Client(server.url, per_token)
 
 
 def host_gb() -> int:
-    """HiCache's host pool: SGLang keeps 10 GiB free, and some hosts report little memory until it is touched. All the
-    prefixes of a full run need 20.1."""
-    return min(40, int(psutil.virtual_memory().available / 1e9) - 12)
+    """Most for HiCache's host pool: SGLang keeps 10 GiB free; some hosts report little memory until it is touched."""
+    return int(psutil.virtual_memory().available / 1e9) - 12
 
 
 def kv_bytes_per_token(model: Path | None) -> int:
