@@ -30,9 +30,9 @@ from specgen_engine.replay.trace import load_traces
 TASK = load_traces([Path(__file__).parents[1] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"])[
     0
 ].task_source
-SEARCHES, BASE_TOKENS, FORKS_A_SEARCH, FORK_TOKENS, TRIGGER = 2, 192, 2, 64, "every:16"
+SEARCHES, BASE_TOKENS, FORKS_A_SEARCH, FORK_TOKENS, TRIGGER = 2, 384, 2, 128, "every:16"
 ORDINARY, PROMPT_TOKENS, NEW_TOKENS = 20, 96, 64
-LEAD_TOKENS = 48
+LEAD_TOKENS = 64
 ASKED = SEARCHES * (BASE_TOKENS + 32 + FORKS_A_SEARCH * FORK_TOKENS) + ORDINARY * (PROMPT_TOKENS + NEW_TOKENS)
 POOL = ASKED // 3
 
@@ -164,12 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--waves", type=int, default=3, help="waves of each run of a pair")
+    parser.add_argument("--conservativeness", type=float, default=1.0, help="SGLang's --schedule-conservativeness")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_args()
     if options.pairs < 1 or options.waves < 1:
         parser.error("--pairs, --waves: 1 or more")
     with tempfile.TemporaryDirectory(prefix="specgen-bench-") as folder:
         arguments = ("--tiny", "--max-total-tokens", str(POOL), "--specgen-fork-per-search", str(FORKS_A_SEARCH))
+        arguments += ("--schedule-conservativeness", str(options.conservativeness))
         with together(Path(folder), Wanted(arguments)) as (server,):
             pairs = asyncio.run(measure(server.url, options.pairs, options.waves))
     report = new_report("specgen.engine_starved/1", None, "bench.engine_starved") | {
@@ -177,6 +179,7 @@ def main() -> None:
         "asked_tokens": ASKED,
         "pool_tokens": POOL,
         "waves": options.waves,
+        "conservativeness": options.conservativeness,
         "pairs": [
             {
                 name: {**run._asdict(), "ttft_s": [round(s, 4) for s in run.ttft_s]}

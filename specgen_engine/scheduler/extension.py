@@ -187,15 +187,32 @@ class SchedulerExtension:
         Chosen by what every tensor-parallel rank sees alike; a clock is none of it.
         """
         for _ in range(forks_to_retract(load, ordinary_admitted)):
-            youngest = max(
-                (i for i, req in enumerate(batch.reqs) if is_fork(req.rid) and not req.finished()),
-                key=lambda i: (-len(batch.reqs[i].output_ids), i),
-                default=None,
-            )
-            if youngest is None:
+            if not self._retract_fork(batch, "an ordinary request waits"):
                 return
-            logger.info("fork %s retracted: an ordinary request waits", batch.reqs[youngest].rid)
-            self._retract(batch, youngest)
+
+    def keep_memory(self, batch: Any) -> None:
+        """Retract forks until the next decode step fits the pool, before SGLang looks whether it does.
+
+        SGLang's own retraction ends with an estimate of how much running requests will still take, by which it then
+        admits ordinary requests: forks, which come and go by other rules, have no part in it.
+        """
+        batch.filter_batch()
+        while batch.reqs and not batch.check_decode_mem():
+            if not self._retract_fork(batch, "the next step does not fit the pool"):
+                return
+
+    def _retract_fork(self, batch: Any, reason: str) -> bool:
+        """The running fork that loses least goes back to the waiting queue; False when no fork runs."""
+        youngest = max(
+            (i for i, req in enumerate(batch.reqs) if is_fork(req.rid) and not req.finished()),
+            key=lambda i: (-len(batch.reqs[i].output_ids), i),
+            default=None,
+        )
+        if youngest is None:
+            return False
+        logger.info("fork %s retracted: %s", batch.reqs[youngest].rid, reason)
+        self._retract(batch, youngest)
+        return True
 
     def queued(self, req: Any, is_retracted: bool) -> None:
         """A request joins the waiting queue."""

@@ -60,6 +60,13 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, **argume
     return batch, running
 
 
+def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
+    """Memory that the next step lacks is taken from forks before SGLang takes it from anyone."""
+    if scheduler.specgen.watched:
+        scheduler.specgen.keep_memory(batch)
+    return original(scheduler, batch)
+
+
 def queued(_result: None, scheduler: Any, req: Any, is_retracted: bool = False) -> None:
     scheduler.specgen.queued(req, is_retracted)
 

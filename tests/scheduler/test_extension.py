@@ -11,7 +11,7 @@ from specgen_engine.config import SpecGenConfig
 from specgen_engine.errors import HookError
 from specgen_engine.protocol import EndSearch, ForkPoint, TriggerFired, WatchSearch, fork_rid
 from specgen_engine.scheduler.extension import SchedulerExtension
-from specgen_engine.scheduler.hooks import attach, internal_state, queued, retraction_order
+from specgen_engine.scheduler.hooks import attach, internal_state, queued, retraction_order, update_running_batch
 
 PROMPT = [1, 2, 3, 4]
 
@@ -55,15 +55,19 @@ class Req:
 
 class Batch:
     def __init__(self, *reqs: Req) -> None:
-        self.reqs, self.batch_is_full = list(reqs), True
+        self.reqs, self.batch_is_full, self.fits = list(reqs), True, len(reqs)
 
     def release_req(self, index: int, remaining: int, server_args: Any) -> None:
         req = self.reqs[index]
         req.req_pool_idx, req.is_retracted = None, True
         req.retraction_count += 1
 
-    def filter_batch(self, keep_indices: list[int]) -> None:
-        self.reqs = [self.reqs[i] for i in keep_indices]
+    def filter_batch(self, keep_indices: list[int] | None = None) -> None:
+        kept = [i for i, req in enumerate(self.reqs) if not req.done] if keep_indices is None else keep_indices
+        self.reqs = [self.reqs[i] for i in kept]
+
+    def check_decode_mem(self) -> bool:
+        return len(self.reqs) <= self.fits
 
 
 class Scheduler:
@@ -202,6 +206,24 @@ def test_the_forks_that_lose_least_are_retracted_first_and_counted() -> None:
     info = internal_state(SimpleNamespace(internal_state={}), scheduler).internal_state["specgen"]
     assert (info["forks_retracted"], info["ordinary_retracted"]) == (3, 1)
     assert (info["free_tokens"], info["watched"], info["scripts"]) == (10_000, 1, 0)
+
+
+def test_forks_give_their_memory_back_before_sglang_retracts_anyone() -> None:
+    base, plain = Req("base", "abc"), Req("plain", "a")
+    forks = [Req(fork_rid("base", number), "x" * number) for number in (1, 2, 3)]
+    scheduler = Scheduler(base, *forks, plain)
+    extension_of(scheduler, base_share=1.0)
+    batch = scheduler.running_batch
+    batch.fits = 3
+    seen: list[int] = []
+    update_running_batch(lambda _scheduler, batch: seen.append(len(batch.reqs)), scheduler, batch)
+    assert seen == [3], "SGLang looks at the pool once forks have made room"
+    assert batch.reqs == [base, forks[2], plain]
+    assert scheduler.waiting_queue == forks[:2]
+    batch.fits = 1
+    update_running_batch(lambda _scheduler, _batch: None, scheduler, batch)
+    assert batch.reqs == [base, plain], "what forks cannot give is SGLang's to take"
+    assert (scheduler.specgen.retracted.forks, scheduler.specgen.retracted.ordinary) == (3, 0)
 
 
 def test_a_model_that_cannot_be_forked_stops_the_scheduler() -> None:
