@@ -17,6 +17,7 @@ SUFFIX = 8
 METRICS = (
     *("sglang:load_back_tokens_total", "sglang:load_back_duration_seconds_sum"),
     *("specgen_kv_restore_seconds_total", "specgen_kv_admission_seconds_total"),
+    *("specgen_kv_check_seconds_total", "specgen_kv_launch_seconds_total"),
 )
 
 
@@ -32,18 +33,21 @@ class Answer(NamedTuple):
 class Loads(NamedTuple):
     """Loads of the second level since the server's start. `seconds`: on the load stream, first byte to last.
 
-    admission_s: what the tier's scheduler spent on them itself; None where the server does not count it.
+    The tier's scheduler counts what it spends on them itself (None elsewhere): admission_s, and of it check_s on
+    holding pages and comparing tags, launch_s on launches.
     """
 
     tokens: int
     seconds: float
-    admission_s: float | None
+    admission_s: float | None = None
+    check_s: float | None = None
+    launch_s: float | None = None
 
     def since(self, before: Loads) -> Loads:
-        spent = (
-            None if self.admission_s is None or before.admission_s is None else self.admission_s - before.admission_s
-        )
-        return Loads(self.tokens - before.tokens, self.seconds - before.seconds, spent)
+        own = [
+            None if now is None or then is None else now - then for now, then in zip(self[2:], before[2:], strict=True)
+        ]
+        return Loads(self.tokens - before.tokens, self.seconds - before.seconds, *own)
 
 
 class Decodes:
@@ -130,8 +134,8 @@ class Client:
             name, _, value = line.partition("{")
             if name in METRICS and value:
                 sums[name] = sums.get(name, 0.0) + float(value.rsplit(" ", 1)[1])
-        tokens, seconds, restored, admission = (sums.get(name) for name in METRICS)
-        return Loads(int(tokens or 0), seconds or restored or 0.0, admission)
+        tokens, seconds, restored, *own = (sums.get(name) for name in METRICS)
+        return Loads(int(tokens or 0), seconds or restored or 0.0, *own)
 
     def loads_of(self, before: Loads, tokens: int, wait_s: float = 1.0) -> Loads:
         """Since `before`, once `tokens` have been counted: the scheduler counts a load a step after it has ended."""

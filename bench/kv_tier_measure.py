@@ -55,13 +55,15 @@ def row(client: Client, level: str, prefix: int, load: str, seconds: list[float]
 def loaded(client: Client, found: list[Loads]) -> dict[str, Any]:
     """Of loads: bytes a second of stream time, milliseconds of it, and what the tier's scheduler spent beside it."""
     tokens, seconds = sum(one.tokens for one in found), sum(one.seconds for one in found)
-    spent = [one.admission_s for one in found if one.admission_s is not None]
-    return {
+    row = {
         "gbps": round(tokens * client.bytes_per_token / seconds / 1e9, 2) if seconds else None,
         "load_ms": round(seconds / len(found) * 1e3, 3) if seconds else None,
-        "admission_ms": round(sum(spent) / len(found) * 1e3, 3) if spent else None,
         "loaded_tokens": tokens,
     }
+    for name in ("admission_s", "check_s", "launch_s"):
+        spent = [value for one in found if (value := getattr(one, name)) is not None]
+        row[name.removesuffix("s") + "ms"] = round(sum(spent) / len(found) * 1e3, 3) if spent else None
+    return row
 
 
 def from_tier(answer: Answer, prefix: int) -> bool:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache import hiradix_cache
-from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InitLoadBackParams
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
 from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
 
@@ -203,23 +203,32 @@ class TierRadixCache(HiRadixCache):
         began = time.perf_counter()
         consumer: int = super().ready_to_load_host_cache()
         if consumer >= 0:
-            self.stats.add("admission_seconds", time.perf_counter() - began)
+            spent = time.perf_counter() - began
+            self.stats.add("admission_seconds", spent)
+            self.stats.add("launch_seconds", spent)
             return consumer
         if self._ahead.nodes and self._ahead.nodes.isdisjoint(self.ongoing_load_back):
             self._ahead = NOTHING_AHEAD
         return self._ahead.consumer
 
-    def fetch_ahead(self, matches: Iterable[Any], quota: int) -> int:
-        """Load what matches of waiting requests have in the tier only, up to `quota` tokens, evicting nothing.
+    def unread_tokens(self) -> int:
+        """KV of forks' answers that nobody uses: what is evicted first, and read by no one again."""
+        return sum(len(node.key) for node in self.evictable_leaves if self.segment_of(node).source is Source.FORK)
 
-        `matches` is read one by one: each is made after the last one's nodes have been given their pages.
+    def fetch_ahead(self, matches: Iterable[Any], quota: int) -> int:
+        """Load what matches of waiting requests have in the tier only, up to `quota` tokens.
+
+        `quota` is free, or forks' answers, which are then evicted, and nothing else. `matches` is read one by one: each
+        is made after the last one's nodes have been given their pages.
         """
         tokens, nodes = 0, set()
         for match in matches:
-            room = min(quota - tokens, self.token_to_kv_pool_allocator.available_size())
-            if not 0 < match.host_hit_length <= room:
+            wanted, free = match.host_hit_length, self.token_to_kv_pool_allocator.available_size()
+            if not 0 < wanted <= min(quota - tokens, free + self.unread_tokens()):
                 continue
-            params = InitLoadBackParams(match.best_match_node, match.host_hit_length, mem_quota=room)
+            if wanted > free:
+                self.evict(EvictParams(num_tokens=wanted - free))
+            params = InitLoadBackParams(match.best_match_node, wanted, mem_quota=quota - tokens)
             indices, node = self.init_load_back(params)
             if len(indices):
                 nodes.add(node.id)
@@ -235,7 +244,9 @@ class TierRadixCache(HiRadixCache):
         if not chain:
             return node, None
         host_indices = torch.cat([one.host_value for one in chain])
+        began = time.perf_counter()
         restore = self.pool.begin_restore(host_indices)
+        self.stats.add("check_seconds", time.perf_counter() - began)
         pages, not_quiet = self._agree([restore.pages, 0 if restore.quiet else 1], MIN)
         wanted = len(host_indices) // self.page_size
         if pages == wanted and restore.held is not None:

@@ -13,6 +13,8 @@ COUNTERS = {
     "restore_seconds": "Seconds of restores, first byte to last.",
     "restores": "Prefixes restored.",
     "admission_seconds": "Seconds that the scheduler itself spent on restores before their forward.",
+    "check_seconds": "Of these, holding pages and comparing their tags.",
+    "launch_seconds": "Of these, preparing and launching the copies.",
     "restored_tokens": "Tokens of restored prefixes.",
     "prefetched_tokens": "Tokens of prefixes restored before their request was admitted.",
     "hit_tokens_device": "Prompt tokens found in the GPU's own cache.",

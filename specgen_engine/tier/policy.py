@@ -74,7 +74,7 @@ def destination(source: Source, finished: bool) -> Destination:
 
 
 def spare_tokens(free: int, evictable: int, promised: int) -> int:
-    """KV that prefetches may take: free, so that they evict nothing, and beyond what running requests were promised.
+    """KV that prefetches may take: free, with forks' answers, and beyond what running requests were promised.
 
     What a prefetch takes can't be evicted until it has arrived; then it can be, like any other prefix.
     """
@@ -84,7 +84,8 @@ def spare_tokens(free: int, evictable: int, promised: int) -> int:
 def prefetches(waiting: Sequence[Waiting], free_tokens: int, threshold: int = 64) -> list[str]:
     """Requests whose prefixes are fetched before they are admitted, in queue order, ordinary ones first.
 
-    Only into KV that is free: a prefetch evicts nothing. A prefix below `threshold` tokens is not worth a transfer.
+    Only into KV that is free or holds a fork's answer: nothing that may be read again is evicted. A prefix below
+    `threshold` tokens is not worth a transfer.
     """
     chosen = []
     for request in sorted(waiting, key=lambda request: request.is_fork):

@@ -46,7 +46,9 @@ class Prefetcher:
         if cache.ongoing_load_back or cache.cache_controller.load_queue:
             return 0
         allocator = cache.token_to_kv_pool_allocator
-        spare = spare_tokens(int(allocator.available_size()), int(cache.evictable_size()), promised)
+        unread = cache.unread_tokens()
+        free, kept = int(allocator.available_size()) + unread, int(cache.evictable_size()) - unread
+        spare = spare_tokens(free, kept, promised)
         by_rid = {str(req.rid): req for req in queue[:LOOKED_AT]}
         due = self._due(by_rid) if spare else []
         if not due:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgen_engine.tier.policy import spare_tokens
+from specgen_engine.tier.policy import Source, spare_tokens
 from tests.tier.support import Tier, radix_cache, tier
 from tests.tier.two_ranks import LENGTH, PAGE, evict, publish, restore, tokens_of
 
@@ -30,6 +30,9 @@ class Setting(NamedTuple):
 
     def accounted(self) -> int:
         return int(self.allocator.available_size() + self.cache.evictable_size() + self.cache.protected_size())
+
+
+MARK = "specgen_source"  # as in tier/cache.py, which imports SGLang
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,22 @@ def test_nothing_is_evicted_and_nothing_promised_is_taken(evicted: Setting, monk
     assert step(evicted, waiting(2), waiting(1, "r1b"), promised=LENGTH) == LENGTH
     evicted.cache.check_hicache_events()
     assert evicted.allocator.available_size() == LENGTH
+    evicted.allocator.free(held)
+
+
+def test_a_forks_answer_makes_room_and_nothing_else_does(evicted: Setting) -> None:
+    held = evicted.allocator.alloc(TOKENS - 2 * LENGTH)
+    publish(evicted.cache, evicted.tier, 5)
+    publish(evicted.cache, evicted.tier, 6)
+    evicted.cache.check_hicache_events()
+    assert evicted.allocator.available_size() == 0
+    assert step(evicted, waiting(0, "first")) == 0  # both may be read again
+    answer = next(node for node in evicted.cache.evictable_leaves if node.key.token_ids[0] == tokens_of(6)[0])
+    setattr(answer, MARK, (Source.FORK, "s"))
+    assert step(evicted, waiting(0, "second"), waiting(1)) == LENGTH
+    evicted.cache.check_hicache_events()
+    kept = {node.key.token_ids[0] for node in evicted.cache.evictable_leaves}
+    assert kept == {tokens_of(0)[0], tokens_of(5)[0]}
     evicted.allocator.free(held)
 
 
