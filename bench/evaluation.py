@@ -2,11 +2,13 @@
 
     python -m bench.evaluation TRACES --scores TRACES/scores.json --json F [--device cuda:0] [--resume OLD]
     python -m bench.evaluation TRACES --scores TRACES/scores.json --json F --throughput 60
+    python -m bench.evaluation TRACES --scores TRACES/scores.json --json F --twice 30
     python -m bench.evaluation --scores TRACES/scores.json --summarise F
 
 Answers in Triton or PyTorch run first, then those that compile CUDA C++. F is written after every verdict; what it, or
 OLD, has a row of is not judged again. --throughput judges so many of each kind in a pool that is up, each with its row,
-and then some of them in a loop of fresh processes. Figures follow from the rows (--summarise: from those of a run that
+and then some of them in loops of fresh processes. --twice judges so many that the scores call correct in one pool and,
+after its end, in another. Figures follow from the rows (--summarise: from those of a run that
 was cut off). Times are from text to verdict without what was spent in the queue and in waiting for the GPU.
 """
 
@@ -32,6 +34,9 @@ from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.pools.local import LocalPool
 
 SCHEMA = "specgen.verdicts/1"
+STRIDE = 7
+FIRST_SHARE = 0.6
+"""Of the time of two runs, the first's: it has what compiles."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,14 @@ class Answer:
     kind: str
 
 
-def read_answers(traces: Path, only: str) -> list[Answer]:
-    """Every fork-N.md and final.md of an iteration, by task; those whose name matches `only`."""
+def read_answers(traces: Path, only: str, device: str = "cuda") -> list[Answer]:
+    """Every fork-N.md and final.md of an iteration, by task; those for the device whose name matches `only`."""
     found = []
     for path in sorted(traces.glob("*/*/iter-*/f*.md")):
         name, folder = str(path.relative_to(traces)), path.parent.parent
         source = extract_candidate(path.read_text())
-        if source is None or "cpu" in folder.name or not re.search(only, name):
+        for_cpu, on_cpu = "cpu" in folder.name, device == "cpu"
+        if source is None or for_cpu != on_cpu or not re.search(only, name):
             continue
         kind = kind_of(source)
         task = Task((folder / "task.py").read_text(), folder.name)
@@ -170,17 +176,39 @@ async def judge(answers: list[Answer], args: argparse.Namespace, record: Record)
         await run_pass("compiling", heavy, args, args.workers, record)
 
 
+async def judge_twice(answers: list[Answer], scores: dict[str, Any], args: argparse.Namespace, record: Record) -> None:
+    """Two pools one after the other, the second with the first's builds; what the first can't do in time is in none."""
+    said = {name: score["status"] for name, score in scores.items()}
+    correct = [answer for answer in answers if said.get(answer.name, Status.CORRECT) == Status.CORRECT]
+    cuda = spread_out([answer for answer in correct if answer.kind == "cuda"])[: args.twice // 3]
+    light = spread_out([answer for answer in correct if answer.kind != "cuda"])[: args.twice - len(cuda)]
+    ends = args.ends
+    args.ends = time.monotonic() + FIRST_SHARE * (ends - time.monotonic())
+    await run_pass("twice-1", light + cuda, args, args.workers, record)
+    judged = {row["candidate"] for row in record.rows if row["run"] == record.number and row["pass"] == "twice-1"}
+    args.ends = ends
+    await run_pass("twice-2", [one for one in light + cuda if one.name in judged], args, args.workers, record)
+
+
+def spread_out(answers: list[Answer]) -> list[Answer]:
+    """Every seventh first, so that those which are reached are of all tasks."""
+    return [answers[at] for start in range(STRIDE) for at in range(start, len(answers), STRIDE)]
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    answers = [answer for answer in read_answers(args.traces, args.only) if answer.kind in args.kinds.split(",")]
+    answers = read_answers(args.traces, args.only, args.device)
+    answers = [answer for answer in answers if answer.kind in args.kinds.split(",")]
     scores = json.loads(args.scores.read_text())
     record = Record(args)
     args.ends = time.monotonic() + args.budget_s
     with tempfile.TemporaryDirectory(prefix="specgen-builds-") as cache:
-        args.cache = Path(cache)
+        args.cache = args.builds or Path(cache)
         if args.throughput:
             from bench.evaluation_rate import throughput
 
             asyncio.run(throughput(answers, args, record))
+        elif args.twice:
+            asyncio.run(judge_twice(answers, scores["answers"], args, record))
         else:
             asyncio.run(judge(answers, args, record))
     return record.finish(scores)
@@ -202,8 +230,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--light-workers", type=int, default=4)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--throughput", type=int, default=0, help="verdicts a minute over so many of each kind")
-    parser.add_argument("--rate-s", type=float, default=60.0, help="with --throughput: at most so long for one kind")
-    parser.add_argument("--fresh-s", type=float, default=60.0, help="the same for the loop of fresh processes")
+    parser.add_argument("--rate-s", type=float, default=60.0, help="with --throughput: at most so long in the pool")
+    parser.add_argument("--cuda-rate-s", type=float, default=60.0, help="the same for CUDA C++, which compiles")
+    parser.add_argument("--fresh-s", type=float, default=60.0, help="the same for the loops of fresh processes")
+    parser.add_argument("--twice", type=int, default=0, metavar="N", help="two runs of N answers, a third CUDA C++")
+    parser.add_argument("--builds", type=Path, help="a folder that keeps builds from one command to the next")
     parser.add_argument("--sandbox", default="prefer")
     parser.add_argument("--budget-s", type=float, default=300.0)
     args = parser.parse_args()

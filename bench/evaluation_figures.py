@@ -20,8 +20,11 @@ def summary(rows: Rows, scores: dict[str, Any]) -> dict[str, Any]:
     newest = max((row["run"] for row in rows), default=0)
     mine = [row for row in rated if row["run"] == newest]
     passes = {name: [row for row in mine if row["pass"] == name] for name in dict.fromkeys(row["pass"] for row in mine)}
-    first = [row for name, part in passes.items() if not name.startswith("rate") for row in part]
-    second = [row for name, part in passes.items() if name.startswith("rate") for row in part]
+    if "twice-2" in passes:
+        first, second = passes.get("twice-1", []), passes["twice-2"]
+    else:  # as reports were before they had two runs on purpose
+        first = [row for name, part in passes.items() if not name.startswith("rate") for row in part]
+        second = [row for name, part in passes.items() if name.startswith("rate") for row in part]
     return {
         "comparison": compare(latest, scores),
         "latency": {name: latency(part) for name, part in passes.items()} | {"newest run": latency(mine)},

@@ -20,28 +20,36 @@ from specgen_engine.evaluation.base import Candidate, Status
 if TYPE_CHECKING:
     from bench.evaluation import Answer, Record
 
-FRESH_STRIDE = 7
-"""The loop of fresh processes takes every seventh answer first, so that those it gets to are of all tasks."""
-
 
 async def throughput(answers: list[Answer], args: argparse.Namespace, record: Record) -> None:
-    """For both kinds: the pool, then the loop. The pool's verdicts are rows; an answer's second one is not."""
+    """The pool for either kind, then both loops at once, a process each: they are slow, and leave the host idle.
+
+    Each rate is what its own seconds had, extrapolated to a minute. The pool's verdicts are rows; an answer's second
+    one is not.
+    """
+    from bench.evaluation import spread_out
+
     rates: dict[str, Any] = record.run.setdefault("throughput", {})
-    for kind, workers in (("triton", args.light_workers), ("cuda", args.workers)):
-        mine = [answer for answer in answers if answer.kind == kind]
-        chosen = list(itertools.islice(itertools.cycle(mine), args.throughput)) if mine else []
-        if chosen:
-            rates[kind] = {"distinct": min(len(mine), len(chosen))}
-            rates[kind]["pool"] = await pool_rate(f"rate-{kind}", chosen, args, workers, record)
-            record.save()
-            spread_out = [chosen[at] for start in range(FRESH_STRIDE) for at in range(start, len(chosen), FRESH_STRIDE)]
-            rates[kind]["fresh_processes"] = fresh_rate(spread_out, args.device, args.fresh_s)
+    chosen: dict[str, list[Answer]] = {}
+    plan = (("triton", args.light_workers, args.rate_s), ("cuda", args.workers, args.cuda_rate_s))
+    for kind, workers, seconds in plan:
+        mine = spread_out([answer for answer in answers if answer.kind == kind])
+        if mine:
+            chosen[kind] = list(itertools.islice(itertools.cycle(mine), args.throughput))
+            rates[kind] = {"distinct": min(len(mine), args.throughput)}
+            rates[kind]["pool"] = await pool_rate(f"rate-{kind}", chosen[kind], args, workers, seconds, record)
             record.save()
             print(kind, json.dumps(rates[kind]), flush=True)
+    begun = asyncio.get_running_loop().create_task
+    loops = [begun(asyncio.to_thread(fresh_rate, some, args.device, args.fresh_s)) for some in chosen.values()]
+    for kind, loop in zip(chosen, loops, strict=True):
+        rates[kind]["fresh_processes"] = await loop | {"beside_another_loop": len(chosen) > 1}
+        record.save()
+        print(kind, json.dumps(rates[kind]), flush=True)
 
 
 async def pool_rate(
-    name: str, answers: list[Answer], args: argparse.Namespace, workers: int, record: Record
+    name: str, answers: list[Answer], args: argparse.Namespace, workers: int, seconds: float, record: Record
 ) -> dict[str, Any]:
     """Each text is its own, so that nothing comes from a cache."""
     from bench.evaluation import line, new_pool, row_of
@@ -61,26 +69,26 @@ async def pool_rate(
         verdict = await pool.submit(answer.task, candidate, search=name).verdict()
         if verdict.status == Status.CANCELLED:
             return
-        seconds = time.monotonic() - start
-        ends.append((seconds, str(verdict.status)))
+        passed = time.monotonic() - start
+        ends.append((passed, str(verdict.status)))
         if first:
-            record.add(row_of(name, answer, verdict, seconds))
+            record.add(row_of(name, answer, verdict, passed))
             print(line(record.rows[-1]), flush=True)
 
-    cancel = asyncio.get_running_loop().call_later(args.rate_s, pool.cancel_search, name)
+    cancel = asyncio.get_running_loop().call_later(seconds, pool.cancel_search, name)
     try:
         await asyncio.gather(*(one(*pair) for pair in enumerate(answers)))
     finally:
         cancel.cancel()
         await pool.close()
-    last = max((seconds for seconds, _ in ends), default=0.0)
-    statuses = [status for _, status in ends]
-    found = {"verdicts": len(ends), "of": len(answers), "seconds": round(last, 1), "workers": workers}
-    return found | per_minute(len(ends), last, statuses)
+    done = len(ends) == len(answers)
+    spent = max((passed for passed, _ in ends), default=0.0) if done else seconds
+    found = {"verdicts": len(ends), "of": len(answers), "seconds": round(spent, 1), "workers": workers}
+    return found | per_minute(len(ends), spent, [status for _, status in ends]) | {"cut_off": not done}
 
 
 def fresh_rate(answers: list[Answer], device: str, seconds: float) -> dict[str, Any]:
-    """The same in a loop of fresh processes (bench/fresh_process.py), as many as fit the time."""
+    """The same in a loop of fresh processes (bench/fresh_process.py); none is begun after so many seconds."""
     start, statuses = time.monotonic(), []
     for answer in answers:
         if time.monotonic() - start > seconds:
@@ -98,4 +106,4 @@ def fresh_rate(answers: list[Answer], device: str, seconds: float) -> dict[str, 
         statuses.append(json.loads(lines[-1])["status"] if done.returncode == 0 and lines else "crash")
     spent = time.monotonic() - start
     found = {"verdicts": len(statuses), "of": len(answers), "seconds": round(spent, 1)}
-    return found | per_minute(len(statuses), spent, statuses)
+    return found | per_minute(len(statuses), spent, statuses) | {"cut_off": len(statuses) < len(answers)}

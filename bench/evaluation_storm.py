@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ GPU_HANG = "flag = torch.zeros(1, device=x.device); _spin[(1,)](flag); return x"
 class Seen:
     """next_after_hang: seconds from a hang's verdict until the next job had the device, of several workers for timing.
 
-    begun: how many were submitted.
+    begun: how many were submitted. told: called after every verdict.
     """
 
     begun: int = 0
@@ -73,6 +74,7 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     next_after_hang: list[float] = field(default_factory=list)
     lost: int = 0
+    told: Callable[[Seen], None] = lambda seen: None
 
 
 def candidate_of(number: int, fault: str, device: str) -> Candidate:
@@ -85,11 +87,17 @@ def candidate_of(number: int, fault: str, device: str) -> Candidate:
 
 
 async def storm(
-    pool: LocalPool, count: int, seed: int, at_once: int, kill_workers: bool, seconds: float = math.inf
+    pool: LocalPool,
+    count: int,
+    seed: int,
+    at_once: int,
+    kill_workers: bool,
+    seconds: float = math.inf,
+    told: Callable[[Seen], None] = lambda seen: None,
 ) -> Seen:
     """Submit count evaluations, at_once at a time; what each fifth does wrong is drawn with the seed."""
     rng = random.Random(seed)
-    seen = Seen()
+    seen = Seen(told=told)
     hung_at: dict[str, float] = {}
     ends = time.monotonic() + seconds
     device_is_taken = Stage.CHECK if at_once == 1 else Stage.TIME
@@ -110,6 +118,7 @@ async def storm(
             if killer is not None:
                 await killer
             _note(seen, number, fault, verdict)
+            seen.told(seen)
             if fault == "hang":
                 hung_at["at"] = time.monotonic()
 
@@ -172,7 +181,14 @@ def gpu_memory_mib(device: str) -> int | None:
 
 
 def measure(
-    count: int, device: str, workers: int, seed: int, *, kill_workers: bool = True, seconds: float = math.inf
+    count: int,
+    device: str,
+    workers: int,
+    seed: int,
+    *,
+    kill_workers: bool = True,
+    seconds: float = math.inf,
+    told: Callable[[Seen], None] = lambda seen: None,
 ) -> dict[str, Any]:
     """The whole of it, in a folder of its own; asserts nothing."""
     limits = EvaluationLimits(
@@ -186,7 +202,7 @@ def measure(
         before, known = gpu_memory_mib(device), tempfile.tempdir
         tempfile.tempdir = name
         try:
-            running = _run(count, device, workers, seed, limits, kill_workers, Path(name), seconds)
+            running = _run(count, device, workers, seed, limits, kill_workers, Path(name), seconds, told)
             seen, spent, restarts = asyncio.run(running)
         finally:
             tempfile.tempdir = known
@@ -213,12 +229,13 @@ async def _run(
     kill_workers: bool,
     folder: Path,
     seconds: float,
+    told: Callable[[Seen], None],
 ) -> tuple[Seen, float, int]:
     pool = LocalPool(workers=workers, device=device, limits=limits, cache=folder / "builds")
     await pool.start()
     start = time.monotonic()
     try:
-        seen = await storm(pool, count, seed, workers, kill_workers, seconds)
+        seen = await storm(pool, count, seed, workers, kill_workers, seconds, told)
         return seen, time.monotonic() - start, int(str(pool.snapshot()["restarts"]))
     finally:
         await pool.close()
@@ -237,8 +254,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="none is begun after so long")
     args = parser.parse_args()
-    found = measure(args.evaluations, args.device, args.workers, args.seed, seconds=args.seconds)
     report = new_report("specgen.storm/1", args.seed, "bench.evaluation_storm")
+
+    def save(seen: Seen) -> None:
+        write_report(args.json, report | {"cut_off": True, "begun": seen.begun, "verdicts": dict(seen.statuses)})
+
+    found = measure(args.evaluations, args.device, args.workers, args.seed, seconds=args.seconds, told=save)
     write_report(args.json, report | {"device": args.device} | found)
     print(found)
     return int(bool(found["lost_jobs"] or found["processes_left"]))

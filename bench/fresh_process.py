@@ -3,7 +3,8 @@
     python -m bench.fresh_process TASK.py CANDIDATE.py DEVICE
 
 Five trials on fresh inputs against the reference in the same process (tolerance 1e-2), then 100 timed calls with CUDA
-events; the reference is not timed (KernelBench reads its time from a file). Prints one JSON line.
+events (a rehearsal on a CPU: its wall clock); the reference is not timed (KernelBench reads its time from a file).
+Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +37,11 @@ def build(module: ModuleType, name: str, arguments: list[Any], device: str) -> A
     return getattr(module, name)(*arguments).to(device)
 
 
+def settle(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
 def judge(task: ModuleType, candidate: ModuleType, device: str) -> dict[str, Any]:
     arguments = task.get_init_inputs()
     reference, model = build(task, "Model", arguments, device), build(candidate, "ModelNew", arguments, device)
@@ -43,7 +50,7 @@ def judge(task: ModuleType, candidate: ModuleType, device: str) -> dict[str, Any
         torch.manual_seed(trial)
         inputs = [one.to(device) if isinstance(one, torch.Tensor) else one for one in task.get_inputs()]
         expected, found = reference(*inputs), model(*inputs)
-        torch.cuda.synchronize(device)
+        settle(device)
         pairs = zip(*((one if isinstance(one, (tuple, list)) else (one,)) for one in (expected, found)), strict=True)
         if not all(torch.allclose(e.float(), f.float(), atol=TOLERANCE, rtol=TOLERANCE) for e, f in pairs):
             return {"status": "wrong"}
@@ -54,6 +61,12 @@ def timed(call: Any, device: str) -> float:
     for _ in range(WARM_UP):
         call()
     times = []
+    if device == "cpu":
+        for _ in range(TIMED_CALLS):
+            began = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(times)
     for _ in range(TIMED_CALLS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -66,7 +79,8 @@ def timed(call: Any, device: str) -> float:
 
 def main() -> int:
     task, candidate, device = sys.argv[1:4]
-    torch.cuda.set_device(device)
+    if device != "cpu":
+        torch.cuda.set_device(device)
     try:
         with torch.no_grad():
             found = judge(load(task, "task"), load(candidate, "candidate"), device)
