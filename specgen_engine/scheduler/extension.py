@@ -13,7 +13,15 @@ from specgen_engine.controller.thinking import Phase, PhaseState, ReasoningPhase
 from specgen_engine.controller.triggers import Trigger, parse_trigger
 from specgen_engine.protocol import EndSearch, ForkPoint, ForkPointDone, TriggerFired, WatchSearch, is_fork, search_of
 from specgen_engine.scheduler.fork_point import holds_kv, insert_fork_point
-from specgen_engine.scheduler.policy import Fork, Limits, Load, admissible_forks, base_steps_aside, forks_to_retract
+from specgen_engine.scheduler.policy import (
+    Fork,
+    Limits,
+    Load,
+    admissible_forks,
+    base_steps_aside,
+    forks_in_the_way,
+    forks_to_retract,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +154,9 @@ class SchedulerExtension:
     def split_waiting(self, running: list[Any]) -> tuple[list[Any], list[Any], Load]:
         """(queue for this step, forks held back, load): ordinary requests first, then the forks that may join."""
         scheduler = self.scheduler
-        aside = {rid for rid, watched in self.watched.items() if watched.aside}
-        ordinary = [req for req in scheduler.waiting_queue if not is_fork(req.rid) and req.rid not in aside]
+        ordinary = self._ordinary_waiting()
         forks = [req for req in scheduler.waiting_queue if is_fork(req.rid)]
-        load = self._load(len(ordinary), running)
+        load = self._load(ordinary, running)
         admitted = set(admissible_forks(load, [self._fork(req) for req in forks], self.limits))
         queue = ordinary + [req for req in forks if req.rid in admitted]
         chosen = set(queue)
@@ -162,7 +169,11 @@ class SchedulerExtension:
         new_tokens = len(req.origin_input_ids) - prefix + req.sampling_params.max_new_tokens
         return Fork(req.rid, search, new_tokens + self.scheduler.page_size)
 
-    def _load(self, ordinary_waiting: int, running: list[Any]) -> Load:
+    def _ordinary_waiting(self) -> list[Any]:
+        aside = {rid for rid, watched in self.watched.items() if watched.aside}
+        return [req for req in self.scheduler.waiting_queue if not is_fork(req.rid) and req.rid not in aside]
+
+    def _load(self, ordinary: list[Any], running: list[Any]) -> Load:
         scheduler = self.scheduler
         ratio = scheduler.new_token_ratio_tracker.current
         alive = [req for req in running if not req.finished()]
@@ -173,13 +184,20 @@ class SchedulerExtension:
         )
         allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
         return Load(
-            ordinary_waiting=ordinary_waiting,
+            ordinary_waiting=len(ordinary),
             ordinary_running=len(alive) - len(forks),
             forks_running=tuple(search_of(req.rid) for req in forks),
             pool_tokens=scheduler.max_total_num_tokens,
             free_tokens=allocator.available_size() + tree.evictable_size(),
             promised_tokens=int(promised),
+            asked_tokens=sum(len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req in ordinary),
         )
+
+    def give_way(self, batch: Any) -> None:
+        """Before ordinary requests are admitted: they find the pool as it is without forks, or room to spare."""
+        if forks_in_the_way(self._load(self._ordinary_waiting(), batch.reqs)):
+            while self._retract_fork(batch, "ordinary requests ask for its KV"):
+                pass
 
     def make_room(self, batch: Any, load: Load, ordinary_admitted: bool) -> None:
         """Retract running forks when an ordinary request was kept out of this step; those first that lose least.

@@ -50,6 +50,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, **argume
     if not extension.watched:
         return original(scheduler, **arguments)
     extension.step_aside(running)
+    extension.give_way(running)
     queue, held, load = extension.split_waiting(running.reqs)
     scheduler.waiting_queue = queue
     try:

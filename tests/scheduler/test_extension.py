@@ -208,6 +208,17 @@ def test_the_forks_that_lose_least_are_retracted_first_and_counted() -> None:
     assert (info["free_tokens"], info["watched"], info["scripts"]) == (10_000, 1, 0)
 
 
+@pytest.mark.parametrize(("max_new", "left"), [(100, ["base", "fork"]), (20_000, ["base"])])
+def test_forks_leave_before_ordinary_requests_that_do_not_fit_beside_them(max_new: int, left: list[str]) -> None:
+    fork = Req(fork_rid("base", 1), "xx")
+    scheduler = Scheduler(Req("base", "abc"), fork)
+    extension = extension_of(scheduler)
+    scheduler.waiting_queue = [Req("other", max_new=max_new)]
+    extension.give_way(scheduler.running_batch)
+    assert [("fork" if req is fork else req.rid) for req in scheduler.running_batch.reqs] == left
+    assert scheduler.waiting_queue[1:] == ([] if "fork" in left else [fork])
+
+
 def test_forks_give_their_memory_back_before_sglang_retracts_anyone() -> None:
     base, plain = Req("base", "abc"), Req("plain", "a")
     forks = [Req(fork_rid("base", number), "x" * number) for number in (1, 2, 3)]

@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specgen_engine.scheduler.policy import Fork, Limits, Load, admissible_forks, forks_to_retract, keep_order
+from specgen_engine.scheduler.policy import (
+    Fork,
+    Limits,
+    Load,
+    admissible_forks,
+    forks_in_the_way,
+    forks_to_retract,
+    keep_order,
+)
 
 searches = st.sampled_from(["a", "b", "c"])
 loads = st.builds(
@@ -69,3 +77,10 @@ def test_forks_are_retracted_first_and_the_rest_keeps_its_order(order: list[int]
     flags = [forks[i] for i in kept]
     assert flags == sorted(flags)
     assert [i for i in kept if not forks[i]] == [i for i in order if not forks[i]]
+
+
+@given(loads, st.integers(0, 2000))
+def test_forks_are_in_the_way_of_what_does_not_fit_beside_them(load: Load, asked: int) -> None:
+    load = load._replace(asked_tokens=asked)
+    fits = load.promised_tokens + asked <= load.free_tokens
+    assert forks_in_the_way(load) == (bool(load.forks_running) and not fits)
