@@ -69,6 +69,22 @@ def launch_groups(layers: int, most: int = LAYERS_PER_LAUNCH) -> list[range]:
     return groups
 
 
+def tables_of(device_pages: torch.Tensor, table: torch.Tensor, flags: torch.Tensor) -> list[_kv.DeviceTables]:
+    """What each launch of an import is given: the same pages, a row of flags of its own.
+
+    Args:
+        device_pages: (pages,) int64.
+        table: (2, pages) int64, arena pages and generations.
+        flags: (launches, pages) int32.
+    """
+    pages, arena_pages, first = device_pages.data_ptr(), table.data_ptr(), flags.data_ptr()
+    generations, row = arena_pages + table.stride(0) * table.itemsize, flags.stride(0) * flags.itemsize
+    return [
+        _kv.DeviceTables(pages, arena_pages, generations, first + launch * row, len(device_pages), 1)
+        for launch in range(len(flags))
+    ]
+
+
 class LoopbackMover:
     """Copies that are done when they return: a CPU has no stream that could order them."""
 
@@ -129,6 +145,7 @@ class _Transfer(NamedTuple):
     device_pages: torch.Tensor
     table: torch.Tensor
     flags: torch.Tensor
+    launches: list[_kv.DeviceTables]
     pages: int
     held: list[Hold]
     start: torch.cuda.Event
@@ -196,30 +213,23 @@ class CudaMover:
         start = torch.cuda.Event(enable_timing=True)
         start.record(torch.cuda.current_stream(self._device))
         flags = torch.zeros((len(self._groups), len(refs)), dtype=torch.int32, device=self._device)
-        self._import = _Transfer(self._pages(device_indices), self._table(refs), flags, len(refs), held, start)
+        pages, table = self._pages(device_indices), self._table(refs)
+        self._import = _Transfer(pages, table, flags, tables_of(pages, table, flags), len(refs), held, start)
 
     def import_layer(self, layer: int) -> None:
         transfer = self._import
         assert transfer is not None, "layers come after begin_import"
+        ends = layer == self._groups[-1].stop - 1
+        if layer not in self._first and not ends:
+            return
         stream = torch.cuda.current_stream(self._device)
         if layer in self._first:
-            self._launch(transfer, self._first[layer], stream)
-        if layer == self._groups[-1].stop - 1:
+            group = self._first[layer]
+            copier, direction = self._copiers[group], _kv.Direction.IMPORT
+            config = copier.select(direction, transfer.pages)
+            copier.launch(direction, transfer.launches[group], config, stream.cuda_stream, IMPORT_LANE)
+        if ends:
             self._finish(transfer, stream)
-
-    def _launch(self, transfer: _Transfer, group: int, stream: torch.cuda.Stream) -> None:
-        table, flags = transfer.table, transfer.flags[group]
-        addresses = _kv.DeviceTables(
-            transfer.device_pages.data_ptr(),
-            table[0].data_ptr(),
-            table[1].data_ptr(),
-            flags.data_ptr(),
-            transfer.pages,
-            1,
-        )
-        copier = self._copiers[group]
-        config = copier.select(_kv.Direction.IMPORT, transfer.pages)
-        copier.launch(_kv.Direction.IMPORT, addresses, config, stream.cuda_stream, IMPORT_LANE)
 
     def _finish(self, transfer: _Transfer, stream: torch.cuda.Stream) -> None:
         event = torch.cuda.Event(enable_timing=True)
