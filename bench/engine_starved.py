@@ -81,21 +81,20 @@ class Bench:
             raise RuntimeError(f"search {number}: no report came")
         return forks
 
-    async def ordinary(self, number: int) -> float:
-        """Seconds to the first token of an ordinary streamed request."""
-        body = {
-            "input_ids": [1000 + number % 100_000, *range(3000, 3000 + PROMPT_TOKENS - 1)], "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
-        }  # fmt: skip
-        started, first = time.perf_counter(), 0.0
+    async def burst(self, number: int) -> list[float]:
+        """Seconds to the first token of each ordinary request; sent as one batch, so that all are queued at once."""
+        prompts = [[1000 + (number + n) % 100_000, *range(3000, 3000 + PROMPT_TOKENS - 1)] for n in range(ORDINARY)]
+        params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        body = {"input_ids": prompts, "stream": True, "sampling_params": params}
+        started, first = time.perf_counter(), dict[int, float]()
         async with self.client.stream("POST", f"{self.url}/generate", json=body) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    first = first or time.perf_counter() - started
-        if not first:
-            raise RuntimeError(f"request {number}: no token came")
-        return first
+                    first.setdefault(json.loads(line[6:])["index"], time.perf_counter() - started)
+        if len(first) != ORDINARY:
+            raise RuntimeError(f"burst {number}: {ORDINARY - len(first)} requests got no token")
+        return list(first.values())
 
     async def wave(self, trigger: str) -> tuple[list[float], int]:
         self.served += 1
@@ -103,10 +102,10 @@ class Bench:
         begun = [asyncio.Event() for _ in range(SEARCHES)]
         searches = [asyncio.create_task(self.search(first + n, trigger, event)) for n, event in enumerate(begun)]
         await asyncio.gather(*(asyncio.wait_for(event.wait(), 120) for event in begun))
-        ttft = await asyncio.gather(*(self.ordinary(first + n) for n in range(ORDINARY)))
+        ttft = await self.burst(first)
         forks = await asyncio.gather(*searches)
         await self.quiet()
-        return list(ttft), sum(forks)
+        return ttft, sum(forks)
 
     async def quiet(self) -> None:
         """Until nothing of a wave is left: the next must find an empty pool."""
@@ -170,8 +169,10 @@ def main() -> None:
     if options.pairs < 1 or options.waves < 1:
         parser.error("--pairs, --waves: 1 or more")
     with tempfile.TemporaryDirectory(prefix="specgen-bench-") as folder:
-        arguments = ("--tiny", "--max-total-tokens", str(POOL), "--specgen-fork-per-search", str(FORKS_A_SEARCH))
-        arguments += ("--schedule-conservativeness", str(options.conservativeness))
+        arguments = [
+            *("--tiny", "--max-total-tokens", str(POOL), "--specgen-fork-per-search", str(FORKS_A_SEARCH)),
+            *("--schedule-conservativeness", str(options.conservativeness)),
+        ]
         with together(Path(folder), Wanted(arguments)) as (server,):
             pairs = asyncio.run(measure(server.url, options.pairs, options.waves))
     report = new_report("specgen.engine_starved/1", None, "bench.engine_starved") | {
