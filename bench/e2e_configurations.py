@@ -19,9 +19,10 @@ class Search(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """server: a variant below. share: of the tokens that the same trace's sequential run took, as a budget; 0: none.
+    """server: a variant of server_arguments. share: of the tokens that sequential took, as a budget; 0: none.
 
-    early_end: the reasoning may end at the target, an absolute speed-up over eager PyTorch.
+    early_end: the reasoning may end at the criterion. Each stands at its best settings: paragraphs at least 800 tokens
+    apart were the best fixed trigger of `bench.policies` (results/policies.md), which only every-* replaces.
     """
 
     name: str
@@ -31,11 +32,11 @@ class Configuration:
     server: str = "tier"
     share: float = 0.0
 
-    def search(self, target: float, sequential_tokens: int | None = None) -> Search:
-        """Raises SpecGenError when a budget needs a sequential run that is not there."""
+    def search(self, criterion: str, sequential_tokens: int | None = None) -> Search:
+        """criterion: what ends a reasoning early. Raises SpecGenError when a budget lacks its sequential run."""
         if not self.early_end:
             return Search(self.trigger, "none")
-        termination = f"speedup:{target:.4g}"
+        termination = criterion
         if self.share:
             if not sequential_tokens:
                 raise SpecGenError(
@@ -55,7 +56,11 @@ CONFIGURATIONS = {
         Configuration("no-early-end", "specgen, the reasoning runs to its end", early_end=False),
         Configuration("every-400", "specgen with a fixed trigger", trigger="every:400"),
         Configuration("every-1600", "specgen with a fixed trigger", trigger="every:1600"),
+        # Dynasor's way: the stream stops, the model is asked, the stream goes on; verdicts are not waited for.
         Configuration("pause-and-probe", "the reasoning stops while a probe answers, one at a time", server="pause"),
+        # KernelAgent's and CudaForge's way: an evaluator is one fixed worker that a candidate holds from compiling to
+        # its verdict. The live server's jobs carry their profile along, so there are no roles to fix beside it.
+        Configuration("static-pools", "specgen with one fixed worker an evaluator: no overlap in it", server="static"),
         Configuration("host-tier", "specgen with HiCache's host memory instead of the peer", server="host"),
         Configuration("no-tier", "specgen without a second level of the KV cache", server="off"),
         Configuration("budget-25", "specgen within a quarter of sequential's tokens", share=0.25),
@@ -66,12 +71,17 @@ CONFIGURATIONS = {
 
 
 def server_arguments(variant: str, tier: str) -> list[str]:
-    """SpecGen's flags of a server variant; `tier` is what the variant of that name takes (peer, host or off)."""
-    level = {"tier": tier, "pause": tier}.get(variant, variant)
+    """SpecGen's flags of a server variant; `tier` is what those take that are not about it (peer, host or off)."""
+    level = {"host": "host", "off": "off"}.get(variant, tier)
     words = [] if level == "off" else ["--specgen-kv", level]
     if variant == "pause":  # a base takes no step while a fork of its own decodes
         words += ["--specgen-scheduler-base-share", "0.001", "--specgen-fork-per-search", "1"]
     return words
+
+
+def workers_of(variant: str, workers: int) -> int:
+    """Evaluations at once on each evaluator."""
+    return 1 if variant == "static" else workers
 
 
 def chosen(names: list[str]) -> list[Configuration]:

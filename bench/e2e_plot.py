@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.e2e_configurations import SEQUENTIAL
-from bench.e2e_report import SHARES
+from bench.e2e_report import SHARES, label
 
 COLOURS = {"correct": "tab:green", "wrong": "tab:red"}
 
@@ -22,7 +22,9 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
     rows, lines = report["rows"], report["summary"]
     shown = [row for row in rows if row["configuration"] in (SEQUENTIAL, "specgen") and row["seed"] == report["seed"]]
-    shown.sort(key=lambda row: (row["group"], row["trace"], row["configuration"] != SEQUENTIAL), reverse=True)
+    shown.sort(
+        key=lambda row: (row["group"], row["trace"], row["iteration"], row["configuration"] != SEQUENTIAL), reverse=True
+    )
     height = 2.5 + 0.28 * len(shown)
     figure, axes = pyplot.subplot_mosaic(
         [["timeline", "timeline"], ["curve", "gain"]], figsize=(13, height + 4.2), height_ratios=[height, 4.2]
@@ -53,7 +55,7 @@ def _timelines(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
                 axes.plot([one["submitted_s"], one["verdict_s"]], [height + 0.05] * 2, color=colour, linewidth=1)
                 axes.plot(one["verdict_s"], height + 0.05, marker=".", color=colour)
         axes.plot(row["client_s"], height, marker="|", color="black", markersize=11)
-    axes.set_yticks(range(len(rows)), [f"{row['trace']}, {row['configuration']}" for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{label(row)}, {row['configuration']}" for row in rows], fontsize=8)
     axes.set(xlabel="seconds (blue: reasoning, grey: answer and verdict, orange: forks, green and red: evaluations)")
 
 
@@ -76,7 +78,7 @@ def _bars(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     for height, line in enumerate(shown):
         if line.get("oracle_gain"):
             axes.plot(line["oracle_gain"], height, marker="|", color="black", markersize=14)
-        if line.get("evaluators"):
+        if line.get("evaluators") and line["evaluators"]["busy"] is not None:
             axes.text(0.02, height, f"evaluators busy {line['evaluators']['busy']:.0%}", va="center", fontsize=7)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set(xlabel="gain over sequential (mark: oracle)")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.e2e_configurations import SEQUENTIAL
+from bench.e2e_evaluators import shares
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 Row = Mapping[str, Any]
@@ -16,6 +17,11 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Geometric mean of the positive values; None without any."""
     kept = [value for value in values if value]
     return statistics.geometric_mean(kept) if kept else None
+
+
+def label(row: Row) -> str:
+    """What a row played, as in the tables."""
+    return row["trace"] if row["iteration"] == 1 else f"{row['trace']}/iter-{row['iteration']}"
 
 
 def correct(row: Row) -> list[Row]:
@@ -29,14 +35,19 @@ def best_at_seconds(row: Row, seconds: float) -> float | None:
     return max((one["speedup"] for one in correct(row) if one["verdict_s"] <= seconds), default=None)
 
 
-def best_at_tokens(row: Row, budget: float) -> float | None:
-    """Best speed-up among the verdicts that were in when so many base and fork tokens had been spent.
+def tokens_at_verdicts_of(row: Row) -> dict[str, int]:
+    """By correct candidate: base and fork tokens that had been spent when its verdict was in.
 
     A verdict that no decision followed, such as sequential's only one, came when all tokens had been spent.
     """
     spent, total = row["verdict_tokens"], tokens(row)
-    at = [spent[one["order"]] if one["order"] < len(spent) else total for one in correct(row)]
-    return max((one["speedup"] for one, then in zip(correct(row), at, strict=True) if then <= budget), default=None)
+    return {one["hash"]: spent[one["order"]] if one["order"] < len(spent) else total for one in correct(row)}
+
+
+def best_at_tokens(row: Row, budget: float) -> float | None:
+    """Best speed-up among the verdicts that were in when so many base and fork tokens had been spent."""
+    at = tokens_at_verdicts_of(row)
+    return max((one["speedup"] for one in correct(row) if at[one["hash"]] <= budget), default=None)
 
 
 def accepted(row: Row) -> float | None:
@@ -63,6 +74,7 @@ def compare(row: Row, alone: Row, target: float) -> dict[str, Any]:
     times, spent = alone["client_s"], tokens(alone)
     return {
         "trace": row["trace"],
+        "iteration": row["iteration"],
         "group": row["group"],
         "seed": row["seed"],
         "met": met,
@@ -96,6 +108,8 @@ def feedback(rows: Sequence[Row]) -> dict[str, Any]:
         "profiled": profiled,
         "correct_per_minute": 60 * good / seconds,
         "correct_per_1000_tokens": 1000 * good / spent,
+        "profiled_per_minute": 60 * profiled / seconds,
+        "profiled_per_1000_tokens": 1000 * profiled / spent,
         "latency_p50_s": statistics.median(latencies) if latencies else None,
         "latency_p95_s": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))] if latencies else None,
     }
@@ -123,37 +137,66 @@ def engine_tokens(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def utilisation(phases: Sequence[Row], evaluators: int) -> dict[str, float]:
-    """Shares of the evaluators' time over whole phases: busy, and useful work in it."""
+def over(mine: Row, alone: Row) -> dict[str, float | None]:
+    """Rates of feedback over sequential's; None where sequential has none."""
+    kinds = ("correct_per_minute", "correct_per_1000_tokens", "profiled_per_minute", "profiled_per_1000_tokens")
+    return {kind: mine[kind] / alone[kind] if alone[kind] else None for kind in kinds}
+
+
+def utilisation(phases: Sequence[Row], evaluators: int) -> dict[str, Any]:
+    """Shares of the evaluators' time over whole phases: busy, and useful work in it; and their seconds by outcome."""
     available = evaluators * sum(phase["wall_s"] for phase in phases)
     spent = [phase["gpu_seconds"] for phase in phases]
+    outcomes = dict.fromkeys(outcome for one in spent for outcome in one)
     return {
         "busy": sum(sum(one.values()) for one in spent) / available,
         "useful": sum(one.get("useful", 0.0) for one in spent) / available,
+        "gpu_seconds": {outcome: round(sum(one.get(outcome, 0.0) for one in spent), 3) for outcome in outcomes},
     }
 
 
 def summarise(rows: Sequence[Row], phases: Sequence[Row], evaluators: int, target: float) -> list[dict[str, Any]]:
-    """One line a configuration and group, and one for all groups; only traces that sequential has played, too."""
-    alone = {(row["trace"], row["seed"]): row for row in rows if row["configuration"] == SEQUENTIAL}
+    """One line a configuration and group, and one for all groups; only what sequential has played, too.
+
+    The last line of a configuration has its evaluators' shares: they serve all groups at once.
+    """
+    alone = {key_of(row): row for row in rows if row["configuration"] == SEQUENTIAL}
     lines = []
     for name in dict.fromkeys(row["configuration"] for row in rows):
-        mine = [row for row in rows if row["configuration"] == name]
+        mine = [row for row in rows if row["configuration"] == name and key_of(row) in alone]
         groups = list(dict.fromkeys(row["group"] for row in mine))
         for group in [*groups, "all"] if len(groups) > 1 else groups:
             part = [row for row in mine if group in (row["group"], "all")]
-            pairs = [(row, alone[row["trace"], row["seed"]]) for row in part if (row["trace"], row["seed"]) in alone]
-            if pairs:
-                lines.append({"configuration": name, "group": group, **_line(pairs, target)})
-        own = [phase for phase in phases if phase["configuration"] == name]
-        if own and lines:
-            lines[-1]["evaluators"] = utilisation(own, evaluators)
+            pairs = [(row, alone[key_of(row)]) for row in part]
+            lines.append({"configuration": name, "group": group, **_line(pairs, target)})
+        if mine:
+            lines[-1]["evaluators"] = _evaluators(name, mine, phases, evaluators)
     return lines
+
+
+def key_of(row: Row) -> tuple[str, int, int]:
+    """What a configuration plays once."""
+    return row["trace"], row["iteration"], row["seed"]
+
+
+def _evaluators(name: str, rows: Sequence[Row], phases: Sequence[Row], evaluators: int) -> dict[str, Any]:
+    own = [phase for phase in phases if phase["configuration"] == name]
+    whole = utilisation(own, evaluators) if own else {"busy": None, "useful": None, "gpu_seconds": {}}
+    engine = sum(phase["wall_s"] * phase.get("engine_gpus", 1) for phase in own)
+    return whole | shares(rows, evaluators) | {"engine_gpu_seconds": round(engine, 1), "kv": _kv(own)}
+
+
+def _kv(phases: Sequence[Row]) -> dict[str, float]:
+    """What the KV tier counted over whole phases, where there is one of ours."""
+    names = dict.fromkeys(name for phase in phases for name in phase.get("kv", {}))
+    return {name: sum(phase.get("kv", {}).get(name, 0) for phase in phases) for name in names}
 
 
 def _line(pairs: Sequence[tuple[Row, Row]], target: float) -> dict[str, Any]:
     found = [compare(row, alone, target) for row, alone in pairs]
-    rows = [row for row, _ in pairs]
+    rows, others = [row for row, _ in pairs], [alone for _, alone in pairs]
+    mine, its = feedback(rows), feedback(others)
+    kept = mean(one["base_rate_over_sequential"] for one in found)
 
     def curve(kind: str) -> dict[str, float]:
         return {share: statistics.fmean(one[kind][share] or 0.0 for one in found) for share in found[0][kind]}
@@ -162,42 +205,21 @@ def _line(pairs: Sequence[tuple[Row, Row]], target: float) -> dict[str, Any]:
         "traces": len(found),
         "met": sum(one["met"] for one in found),
         "gain": mean(one["gain"] for one in found),
+        "gain_by_seed": {
+            str(seed): mean(one["gain"] for one in found if one["seed"] == seed)
+            for seed in sorted({one["seed"] for one in found})
+        },
         "worst_gain": min(one["gain"] for one in found),
+        "worst_time_over_sequential": max(one["time_over_sequential"] for one in found),
         "time_over_sequential": mean(one["time_over_sequential"] for one in found),
         "accepted_over_final": mean(one["accepted_over_final"] for one in found),
         "best_by_time": curve("best_by_time"),
         "best_by_tokens": curve("best_by_tokens"),
-        "base_rate_over_sequential": mean(one["base_rate_over_sequential"] for one in found),
+        "base_rate_over_sequential": kept,
+        "base_slowdown": 1 - kept if kept else None,
         "tokens_per_s": statistics.median(rate(row) for row in rows),
-        "feedback": feedback(rows),
+        "feedback": mine,
+        "feedback_over_sequential": over(mine, its),
         "tokens": engine_tokens(rows),
         "by_trace": found,
     }
-
-
-def print_table(lines: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = (
-        "configuration", "group", "met", "gain", "oracle", "time/seq.", "accepted/final", "best at half the time",
-        "base rate/seq.", "correct/min", "correct/1k tokens", "verdict p50/p95 s", "busy", "useful",
-    )  # fmt: skip
-    table = Table(title="end to end, replayed through the real engine")
-    for column in columns:
-        table.add_column(column, justify="left" if column in columns[:2] else "right")
-    for line in lines:
-        said, busy = line["feedback"], line.get("evaluators")
-        table.add_row(
-            line["configuration"], line["group"], f"{line['met']}/{line['traces']}", _x(line["gain"]),
-            _x(line.get("oracle_gain")), f"{line['time_over_sequential']:.2f}", _x(line["accepted_over_final"]),
-            _x(line["best_by_time"]["50%"]), f"{line['base_rate_over_sequential']:.2f}",
-            f"{said['correct_per_minute']:.2f}", f"{said['correct_per_1000_tokens']:.3f}",
-            f"{_x(said['latency_p50_s'])}/{_x(said['latency_p95_s'])}",
-            f"{busy['busy']:.0%}" if busy else "", f"{busy['useful']:.0%}" if busy else "",
-        )  # fmt: skip
-    Console(width=210).print(table)
-
-
-def _x(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from bench.e2e_configurations import Configuration, Search
 from specgen_engine.evaluation.buildcache import forget_builds
 from specgen_engine.replay.command import MAX_TOKENS, chat_request
 from specgen_engine.replay.trace import Iteration, Trace
+from specgen_engine.tier.metrics import COUNTERS
 
 TIMEOUT_S = 3_600
 # Of a candidate's record; texts are left out, so that a report stays small.
@@ -41,31 +44,74 @@ class Play(NamedTuple):
 
 
 Save = Callable[[dict[str, Any]], None]
+WhyNot = Callable[[Play], str | None]
+"""Why a search is not started any more; None: start it."""
+Leave = Callable[[Play, str], None]
+
+
+class Limits(NamedTuple):
+    """at_once: searches. deadline: monotonic seconds at which what still runs is given up."""
+
+    at_once: int
+    deadline: float
+    why_not: WhyNot
+    leave: Leave
 
 
 async def play_phase(
-    url: str, configuration: Configuration, plays: list[Play], at_once: int, seed: int, save: Save
+    url: str, configuration: Configuration, chains: list[list[Play]], seed: int, limits: Limits, save: Save
 ) -> dict[str, Any]:
-    """Play all; `save` gets each row as it ends. Returns the phase's row: its wall time and the evaluators' seconds."""
-    gate = asyncio.Semaphore(at_once)
+    """Play all chains, each one search after another; `save` gets each row as it ends, `limits.leave` what is not done.
+
+    Returns the phase's row: its wall time, the evaluators' seconds and what the KV tier counted.
+    """
+    gate = asyncio.Semaphore(limits.at_once)
+    ended = list[Play]()
+    name = {"configuration": configuration.name, "seed": seed, "phase": int(time.time())}
     async with _openai(url) as client, httpx.AsyncClient(base_url=url, timeout=60) as http:
         await _flush(http)
-        before, started = await gpu_seconds(http), time.monotonic()
+        before, kv, started = await gpu_seconds(http), await kv_counts(http), time.monotonic()
 
         async def one(play: Play) -> None:
-            async with gate:
-                queued = time.monotonic() - started
-                row = await play_one(client, play)
-                row |= {"configuration": configuration.name, "seed": seed, "began_s": round(queued, 3)}
-                save(row)
+            began = time.monotonic() - started
+            row = await play_one(client, play)
+            ended.append(play)
+            save(row | name | {"began_s": round(began, 3)})
 
-        await asyncio.gather(*(one(play) for play in plays))
+        await _play(chains, one, gate, limits)
         wall, after = time.monotonic() - started, await gpu_seconds(http)
+        moved = {what: value - kv.get(what, 0) for what, value in (await kv_counts(http)).items()}
     spent = {outcome: round(after.get(outcome, 0.0) - before.get(outcome, 0.0), 3) for outcome in after}
     return {
-        "configuration": configuration.name, "seed": seed, "searches": len(plays), "at_once": at_once,
-        "wall_s": round(wall, 3), "gpu_seconds": spent,
+        **name, "searches": len(ended), "at_once": limits.at_once, "wall_s": round(wall, 3), "gpu_seconds": spent,
+        "kv": moved,
     }  # fmt: skip
+
+
+async def _play(
+    chains: list[list[Play]], one: Callable[[Play], Awaitable[None]], gate: asyncio.Semaphore, limits: Limits
+) -> None:
+    """A chain stops at the first that is not played: a later one's time would mean nothing."""
+    left = [list(chain) for chain in chains]
+
+    async def follow(chain: list[Play]) -> None:
+        async with gate:
+            while chain and (why := limits.why_not(chain[0])) is None:
+                await one(chain[0])
+                chain.pop(0)
+            while chain:
+                limits.leave(chain.pop(0), why or "")
+
+    tasks = [asyncio.create_task(follow(chain)) for chain in left]
+    seconds = None if math.isinf(limits.deadline) else max(0.0, limits.deadline - time.monotonic())
+    ended, running = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    for task in ended:
+        task.result()
+    for play in itertools.chain(*left):
+        limits.leave(play, "it still ran when the budget was over")
 
 
 async def play_one(client: AsyncOpenAI, play: Play, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
@@ -103,11 +149,15 @@ def tokens_at_verdicts(decisions: list[Mapping[str, Any]]) -> list[int]:
     return found
 
 
-async def warm_up(url: str, traces: list[Trace]) -> None:
-    """Each task checked by an evaluator and its prompt read once: what every configuration is spared alike."""
+async def warm_up(url: str, traces: list[Trace]) -> dict[str, int]:
+    """Each task checked by an evaluator and its prompt read once: what every configuration is spared alike.
+
+    Returns the tokens of each trace's first reasoning.
+    """
     plays = [Play(trace, trace.iterations[0], Search("none", "none")) for trace in traces]
     async with _openai(url) as client:
-        await asyncio.gather(*(play_one(client, play, max_tokens=4) for play in plays))
+        rows = await asyncio.gather(*(play_one(client, play, max_tokens=4) for play in plays))
+    return {row["trace"]: row["recorded_reasoning_tokens"] for row in rows}
 
 
 def _openai(url: str) -> AsyncOpenAI:
@@ -129,3 +179,12 @@ async def gpu_seconds(http: httpx.AsyncClient) -> dict[str, float]:
     answer = await http.get("/specgen/searches")
     answer.raise_for_status()
     return {name: float(value) for name, value in answer.json()["pool"].get("gpu_seconds", {}).items()}
+
+
+async def kv_counts(http: httpx.AsyncClient) -> dict[str, float]:
+    """What a KV tier of ours counted since the start; nothing without one (HiCache counts elsewhere)."""
+    answer = await http.get("/server_info")
+    answer.raise_for_status()
+    states = answer.json().get("internal_states") or [{}]
+    counts = (states[0].get("specgen_kv") or {}).get("counts", {})
+    return {name: value for name, value in counts.items() if name in COUNTERS}

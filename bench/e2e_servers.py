@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.e2e_configurations import server_arguments
+from bench.e2e_configurations import server_arguments, workers_of
 from bench.kv_tier_servers import CHUNK_MIB, Options, lender
 from specgen_engine.errors import SpecGenError
 from specgen_engine.serving.command import prepare
@@ -37,6 +37,11 @@ class Gpus:
     @property
     def evaluators(self) -> int:
         return max(1, len(self.evaluate))
+
+    @property
+    def shared(self) -> bool:
+        """Whether an evaluator takes turns with the engine on its GPU."""
+        return self.serve in self.evaluate
 
     @classmethod
     def parse(cls, text: str) -> Gpus:
@@ -80,10 +85,12 @@ def server(setup: Setup, variant: str, cache: Path) -> Iterator[Server]:
         words = [*server_arguments(variant, setup.tier), *FORK_ARGUMENTS]
         words += ["--specgen-replay", *(str(path.resolve()) for path in setup.traces)]
         words += ["--specgen-evaluation-cache", str(cache), "--specgen-evaluation-profile", setup.profile]
-        words += ["--specgen-evaluation-workers", str(setup.workers)]
+        words += ["--specgen-evaluation-workers", str(workers_of(variant, setup.workers))]
         if "peer" in words:
             options = Options(setup.model, "cuda", setup.attention_backend, 0, setup.logs)
-            gpu = setup.gpus.evaluate[0]
+            gpu = next((number for number in setup.gpus.evaluate if number != setup.gpus.serve), None)
+            if gpu is None:
+                raise SpecGenError("--tier peer: the only evaluator is the serving GPU; use --tier host or off")
             lent = stack.enter_context(lender(options, f"{setup.lend_gib}GiB", CHUNK_MIB, gpu))
             words += ["--specgen-kv-directory", str(lent.folder), "--specgen-kv-chunk-mib", str(CHUNK_MIB)]
         if setup.pool_tokens:
@@ -102,11 +109,10 @@ def _on_gpu(setup: Setup, words: list[str]) -> tuple[list[str], dict[str, str]]:
     if setup.model is None or not (setup.model / "config.json").is_file():
         raise SpecGenError(f"--model {setup.model}: give a folder with a config.json and a tokenizer")
     serve, evaluate = setup.gpus.serve, setup.gpus.evaluate
-    shared = serve in evaluate
     words = ["--enable-specgen", "--model-path", str(setup.model), *GPU_ARGUMENTS, *words]
     words += ["--base-gpu-id", str(serve), "--attention-backend", setup.attention_backend]
     if setup.attention_backend == "triton":
         words += TRITON_ARGUMENTS
-    words += ["--mem-fraction-static", "0.6" if shared else "0.85"]
+    words += ["--mem-fraction-static", "0.6" if setup.gpus.shared else "0.85"]
     words += ["--specgen-evaluation-device", ",".join(f"cuda:{number}" for number in evaluate)]
     return words, dict(os.environ)

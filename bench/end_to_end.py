@@ -5,7 +5,9 @@
 Recorded reasoning is replayed through the real engine (random weights, recorded ids): decode speed is the engine's own;
 compiling, checking, timing and profiling are real. Before each configuration every cache of builds and the radix tree
 are emptied; each trace is played once in it, N at a time. A row is saved as soon as its search ends; --resume F goes on
-with what is missing. Beside every gain stands the oracle's, at the decode rate measured in the sequential run.
+with what is missing; --budget-s ends in time and says what was left out. --iterations all plays the iterations of a
+trace one after the other, as one search. Beside every gain stands the oracle's, at the decode rate measured in the
+sequential run.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import sys
@@ -23,20 +26,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench.e2e_budget import longest_first, measured_rate, tokens_of, why_left_out
 from bench.e2e_configurations import CONFIGURATIONS, SEQUENTIAL, Configuration, chosen
 from bench.e2e_plot import plot
-from bench.e2e_report import mean, print_table, rate, summarise, tokens
-from bench.e2e_searches import Play, empty_cache, play_phase, warm_up
+from bench.e2e_report import key_of, label, mean, rate, summarise, tokens
+from bench.e2e_runs import runs
+from bench.e2e_searches import Limits, Play, empty_cache, play_phase, warm_up
 from bench.e2e_servers import Gpus, Setup, server
+from bench.e2e_table import markdown, print_table
 from bench.machine import new_report, write_report
-from bench.recordings import Measured, UsageError, read_scores, subject_of, tokenizer
+from bench.recordings import Measured, UsageError, folder_of, read_scores, subject_of, tokenizer
 from bench.service_times import ServiceTimes
 from bench.virtual_time import Machine, oracle_seconds, sequential
-from specgen_engine.controller.termination import Speedup
+from specgen_engine.controller.termination import Speedup, parse_termination
 from specgen_engine.errors import SpecGenError
-from specgen_engine.replay.trace import Trace, TraceError, load_traces
+from specgen_engine.replay.trace import Iteration, Trace, TraceError, load_traces
 
 SCHEMA = "specgen.end_to_end/1"
+ALL = "all"
 HEADLINE = (SEQUENTIAL, "specgen", "no-early-end")
 
 
@@ -45,87 +52,131 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, traces: list[Trace], setup: Setup, report: dict[str, Any]) -> None:
         self.args, self.traces, self.setup, self.report = args, traces, setup, report
-        self.started = time.monotonic()
+        self.started, self.before_s = time.monotonic(), report.get("wall_s", 0.0)
+        self.deadline = self.started + args.budget_s if args.budget_s else math.inf
+        self.reasoning_tokens: dict[str, int] = {}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.report["rows"]
         return rows
 
-    def out_of_time(self) -> bool:
-        return bool(self.args.budget_s and time.monotonic() - self.started > self.args.budget_s)
+    def left_s(self) -> float:
+        return self.deadline - time.monotonic()
 
     def run(self, configurations: list[Configuration]) -> None:
         with tempfile.TemporaryDirectory(prefix="specgen-builds-") as folder:
             cache = Path(folder)
             for variant, group in groupby(configurations, lambda one: one.server):
                 wanted = [one for one in group if self.missing(one)]
-                if wanted and not self.out_of_time():
+                if wanted and self.left_s() > 0:
                     self.run_on_one_server(variant, wanted, cache)
 
     def run_on_one_server(self, variant: str, wanted: list[Configuration], cache: Path) -> None:
         say(f"starting a server: {variant}")
         with server(self.setup, variant, cache) as up:
             say(f"up in {up.startup_s:.0f} s")
-            asyncio.run(warm_up(up.url, self.traces))
+            self.reasoning_tokens = asyncio.run(warm_up(up.url, self.traces))
             say("every task is known to the evaluators")
             for one in wanted:
-                if self.out_of_time():
+                if self.left_s() <= 0:
                     return say(f"{one.name}: not run, {self.args.budget_s} s are over")
                 for seed in self.args.seeds:
                     self.phase(up.url, one, seed, cache)
 
-    def plays(self, one: Configuration, seed: int) -> list[Play]:
-        """What of a configuration is not in the report yet."""
+    def chains(self, one: Configuration, seed: int) -> list[list[Play]]:
+        """By trace, what of a configuration is not in the report yet: its iterations, one after the other."""
         found = []
         for trace in self.traces:
-            if self.row(one.name, trace.name, seed) is None:
-                alone = self.row(SEQUENTIAL, trace.name, seed)
-                search = one.search(self.target_of(trace), tokens(alone) if alone else None)
-                found.append(Play(trace, trace.iterations[0], search))
+            chain = []
+            for iteration in played(trace, self.args.iterations):
+                alone = self.row(SEQUENTIAL, trace.name, iteration.number, seed)
+                if self.row(one.name, trace.name, iteration.number, seed) is None:
+                    search = one.search(self.criterion_of(trace, iteration), tokens(alone) if alone else None)
+                    chain.append(Play(trace, iteration, search))
+            if chain and (one.name == SEQUENTIAL or not self.was_left_out(trace.name, seed)):
+                found.append(chain)
         return found
 
-    def target_of(self, trace: Trace) -> float:
-        """The criterion: an absolute speed-up, or --share-of-final of what scores.json says of the final answer."""
+    def was_left_out(self, trace: str, seed: int) -> bool:
+        """Whether sequential ran out of time on it: nothing could be compared."""
+        left = self.report["left_out"]
+        return any((r["configuration"], r["trace"], r["seed"]) == (SEQUENTIAL, trace, seed) for r in left)
+
+    def criterion_of(self, trace: Trace, iteration: Iteration) -> str:
+        """--criterion; else an absolute speed-up, or --share-of-final of what scores.json says of the final answer."""
+        if self.args.criterion:
+            return str(self.args.criterion)
         if not self.args.share_of_final:
-            return float(self.args.target)
-        name = "/".join(trace.path.resolve().parts[-2:]) + f"/iter-{trace.iterations[0].number}/final.md"
+            return f"speedup:{self.args.target:.4g}"
+        name = f"{folder_of(trace, iteration)}/final.md"
         speedup = self.args.known.get(name, {}).get("speedup")
         if not speedup:
             raise SpecGenError(f"--share-of-final: {name} has no speed-up in --scores; leave the trace out")
-        return float(self.args.share_of_final * speedup)
+        return f"speedup:{self.args.share_of_final * speedup:.4g}"
 
-    def row(self, configuration: str, trace: str, seed: int) -> dict[str, Any] | None:
-        key = (configuration, trace, seed)
-        return next((one for one in self.rows if (one["configuration"], one["trace"], one["seed"]) == key), None)
+    def row(self, configuration: str, trace: str, iteration: int, seed: int) -> dict[str, Any] | None:
+        wanted = (configuration, (trace, iteration, seed))
+        return next((one for one in self.rows if (one["configuration"], key_of(one)) == wanted), None)
 
     def missing(self, one: Configuration) -> bool:
-        return any(self.row(one.name, trace.name, seed) is None for trace in self.traces for seed in self.args.seeds)
+        keys = {key_of(row) for row in self.rows if row["configuration"] == one.name}
+        return any(
+            (trace.name, iteration.number, seed) not in keys
+            for trace in self.traces
+            for iteration in played(trace, self.args.iterations)
+            for seed in self.args.seeds
+        )
 
     def phase(self, url: str, one: Configuration, seed: int, cache: Path) -> None:
-        plays = self.plays(one, seed)
-        if not plays:
+        chains = self.chains(one, seed)
+        if not chains:
             return
-        random.Random(seed).shuffle(plays)
+        random.Random(seed).shuffle(chains)
+        chains = longest_first(chains, lambda chain: sum(self.tokens_of(play) for play in chain))
         empty_cache(cache)
-        done = asyncio.run(play_phase(url, one, plays, self.args.searches, seed, self.save))
+        limits = Limits(
+            self.args.searches, self.deadline, lambda play: self.why_not(one, play),
+            lambda play, why: self.leave_out(one, seed, play, why),
+        )  # fmt: skip
+        done = asyncio.run(play_phase(url, one, chains, seed, limits, self.save))
+        done["engine_gpus"] = 0 if self.setup.gpus.serve is None else 1
         self.report["phases"].append(done)
         self.write()
-        say(f"{one.name}, seed {seed}: {len(plays)} searches in {done['wall_s']:.1f} s")
+        say(f"{one.name}, seed {seed}: {done['searches']} searches in {done['wall_s']:.1f} s")
+
+    def tokens_of(self, play: Play) -> float:
+        return tokens_of(play.trace, play.iteration, self.reasoning_tokens[play.trace.name])
+
+    def why_not(self, one: Configuration, play: Play) -> str | None:
+        """An early end may come at any time, so only a reasoning that runs to its end is known not to fit."""
+        whole = 0.0 if one.early_end else self.tokens_of(play)
+        return why_left_out(whole, measured_rate(self.rows), self.left_s())
+
+    def leave_out(self, one: Configuration, seed: int, play: Play, why: str) -> None:
+        """Said, kept in the report, and not counted."""
+        row = {"trace": play.trace.name, "iteration": play.iteration.number, "seed": seed}
+        self.report["left_out"].append({"configuration": one.name, **row, "why": why})
+        say(f"  {one.name} {label(row)}: left out, {why}")
 
     def save(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self.write()
         kernel = f"{row['accepted']['speedup']:.2f}x" if row["accepted"] and row["accepted"]["speedup"] else "no kernel"
         say(
-            f"  {row['configuration']} {row['trace']}: {row['client_s']:.1f} s, {row['reasoning_tokens']} of "
+            f"  {row['configuration']} {label(row)}: {row['client_s']:.1f} s, {row['reasoning_tokens']} of "
             f"{row['recorded_reasoning_tokens']} tokens at {rate(row):.0f}/s, {len(row['forks'])} forks, "
             f"{sum(one['verdict_s'] is not None for one in row['candidates'])} verdicts, {row['ended_by']}, {kernel}"
         )
 
     def write(self) -> None:
-        self.report["wall_s"] = round(time.monotonic() - self.started, 1)
+        self.report["wall_s"] = round(self.before_s + time.monotonic() - self.started, 1)
         write_report(self.args.json, self.report)
+
+
+def played(trace: Trace, iterations: str) -> tuple[Iteration, ...]:
+    """The first so many of a trace's iterations, or all."""
+    return trace.iterations if iterations == ALL else trace.iterations[: int(iterations)]
 
 
 def say(text: str) -> None:
@@ -135,16 +186,21 @@ def say(text: str) -> None:
 def oracle_gains(
     report: dict[str, Any], traces: list[Trace], scores: dict[str, Any], target: float
 ) -> dict[str, float]:
-    """By trace: what the first recorded fork that meets the target gains at sequential's measured decode rate."""
+    """By what was played: what its first recorded fork that meets the target gains at sequential's measured rate."""
     encode, gains = tokenizer(), dict[str, float]()
-    for trace in traces:
-        played = [r for r in report["rows"] if r["configuration"] == SEQUENTIAL and r["trace"] == trace.name]
-        if not played:
+    for trace, iteration in [(one, it) for one in traces for it in played(one, report["iterations"])]:
+        rates = [
+            rate(row)
+            for row in report["rows"]
+            if row["configuration"] == SEQUENTIAL and key_of(row)[:2] == (trace.name, iteration.number)
+        ]
+        if not rates:
             continue
-        machine = Machine(tokens_per_s=statistics.median(rate(row) for row in played), evaluators=report["evaluators"])
-        recording = subject_of(trace, trace.iterations[0], Measured(scores, ServiceTimes()), encode).recording
+        machine = Machine(tokens_per_s=statistics.median(rates), evaluators=report["evaluators"])
+        recording = subject_of(trace, iteration, Measured(scores, ServiceTimes()), encode).recording
         ideal, alone = oracle_seconds(recording, machine, Speedup(target)), sequential(recording, machine).seconds
-        gains[trace.name] = max(1.0, alone / ideal) if ideal else 1.0
+        name = label({"trace": trace.name, "iteration": iteration.number})
+        gains[name] = max(1.0, alone / ideal) if ideal else 1.0
     return gains
 
 
@@ -154,9 +210,9 @@ def finish(report: dict[str, Any], traces: list[Trace], scores: dict[str, Any]) 
     if scores:
         gains = report["oracle"] = oracle_gains(report, traces, scores, report["target"])
         for line in lines:
-            line["oracle_gain"] = mean(gains.get(one["trace"]) for one in line["by_trace"])
+            line["oracle_gain"] = mean(gains.get(label(one)) for one in line["by_trace"])
             line["share_of_oracle"] = line["gain"] / line["oracle_gain"] if line["oracle_gain"] else None
-    report["summary"] = lines
+    report["summary"], report["runs"] = lines, runs(report["rows"])
 
 
 def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> dict[str, Any]:
@@ -168,14 +224,16 @@ def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> di
         "searches": args.searches,
         "target": args.target,
         "share_of_final": args.share_of_final,
+        "criterion": args.criterion,
         "tier": args.tier,
         "profile": args.profile,
+        "iterations": args.iterations,
         "traces": {trace.name: trace.digest()[:16] for trace in traces},
     }
     if args.resume is None:
         return {
             **new_report(SCHEMA, args.seeds[0], "bench.end_to_end"), "kind": "replayed through the real engine",
-            **conditions, "phases": [], "rows": [],
+            **conditions, "phases": [], "rows": [], "left_out": [],
         }  # fmt: skip
     try:
         report: dict[str, Any] = json.loads(args.resume.read_text())
@@ -183,13 +241,14 @@ def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> di
         raise SpecGenError(f"--resume {args.resume}: not readable ({error}); give a report of this bench") from None
     if report.get("schema") != SCHEMA:
         raise SpecGenError(f"--resume {args.resume}: is no {SCHEMA} report")
+    report.setdefault("iterations", "1")
     for name, value in conditions.items():
         if name == "traces":
             value = {**report["traces"], **value}
             conditions[name] = value
         elif report.get(name) != value:
             raise SpecGenError(f"--resume {args.resume}: its {name} is {report.get(name)!r}, not {value!r}; start anew")
-    return {**report, "traces": conditions["traces"]}
+    return {**report, "traces": conditions["traces"], "left_out": []}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -202,6 +261,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--searches", type=int, default=8, metavar="N", help="at once")
     parser.add_argument("--json", type=Path, required=True, metavar="F")
     parser.add_argument("--plot", type=Path, metavar="F.png")
+    parser.add_argument("--markdown", type=Path, metavar="F.md", help="the tables, for a README")
     parser.add_argument("--resume", type=Path, metavar="F", help="go on with this report")
     parser.add_argument(
         "--configurations", nargs="+", default=list(HEADLINE), metavar="NAME", help=", ".join(CONFIGURATIONS)
@@ -210,26 +270,35 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--share-of-final", type=float, default=0.0, help="instead: of each trace's final answer's speed-up"
     )
+    parser.add_argument("--criterion", metavar="SPEC", help="instead: what ends a reasoning, e.g. gain:0.3")
     parser.add_argument("--scores", nargs="*", default=[], metavar="F", help="scores.json files, for the oracle")
+    parser.add_argument("--iterations", default="1", metavar="N|all", help="of each trace, one after the other")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="orders of the searches")
     parser.add_argument("--tier", choices=("peer", "host", "off"), default="off")
     parser.add_argument("--profile", default="off", help="how correct candidates are profiled (auto, ncu, cupti, ...)")
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--pool-tokens", type=int, help="size of the KV pool (default: what fits)")
     parser.add_argument("--workers", type=int, default=6, help="evaluations at once on each evaluator")
-    parser.add_argument("--budget-s", type=float, help="start no configuration after so many seconds")
+    parser.add_argument("--budget-s", type=float, help="end after so many seconds; what can't be done is left out")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: temporary)")
     args = parser.parse_args(arguments)
     for name, low in (("searches", 1), ("workers", 1), ("target", 0.0), ("share_of_final", 0.0)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: use {low} or more")
+    if args.iterations != ALL and (not args.iterations.isdigit() or int(args.iterations) < 1):
+        parser.error(f"--iterations {args.iterations}: use a number of 1 or more, or all")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
     gpus, traces, configurations = Gpus.parse(args.gpus), load_traces(args.traces), chosen(args.configurations)
     args.known = read_scores(args.scores)
-    for file in (args.json, args.plot):
+    if args.criterion:
+        try:
+            parse_termination(args.criterion, "--criterion")
+        except ValueError as error:
+            raise SpecGenError(str(error)) from None
+    for file in (args.json, args.plot, args.markdown):
         if file is not None and not file.resolve().parent.is_dir():
             raise SpecGenError(f"{file}: folder {file.parent} does not exist; make it first")
     names = [trace.name for trace in traces]
@@ -245,7 +314,9 @@ def run(args: argparse.Namespace) -> None:
         bench.run(configurations)
     finish(report, traces, args.known)
     bench.write()
-    print_table(report["summary"])
+    print_table(report)
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(report))
     if args.plot is not None and report["summary"]:
         plot(report, args.plot)
 

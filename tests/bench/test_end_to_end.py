@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench import e2e_report, end_to_end
-from bench.e2e_configurations import CONFIGURATIONS, chosen, server_arguments
+from bench import e2e_budget, e2e_evaluators, e2e_report, e2e_runs, e2e_table, end_to_end
+from bench.e2e_configurations import CONFIGURATIONS, chosen, server_arguments, workers_of
 from bench.e2e_searches import tokens_at_verdicts
-from bench.e2e_servers import Gpus
+from bench.e2e_servers import Gpus, Setup, server
 from specgen_engine.errors import SpecGenError
 from specgen_engine.replay.trace import BUNDLED
 
@@ -19,7 +19,8 @@ def candidate(name: str, speedup: float | None, verdict_s: float, order: int, fo
     status = "correct" if speedup else "wrong"
     return {
         "hash": name, "status": status, "speedup": speedup, "submitted_s": verdict_s - 2.0, "verdict_s": verdict_s,
-        "order": order, "forks": forks, "source": "fork" if forks else "base", "profiled": False,
+        "order": order, "forks": forks, "source": "fork" if forks else "base", "profiled": bool(speedup),
+        "device": "cuda:1", "stages": {"queued": 0.5, "compile": 0.5, "time": 1.0},
     }  # fmt: skip
 
 
@@ -28,7 +29,8 @@ def fork(n: int, tokens: int, of: str | None) -> dict[str, Any]:
 
 
 ALONE: dict[str, Any] = {
-    "configuration": "sequential", "trace": "t", "group": "ours", "seed": 0, "client_s": 100.0, "wall_s": 100.0,
+    "configuration": "sequential", "trace": "t", "iteration": 1, "group": "ours", "seed": 0, "began_s": 0.0,
+    "client_s": 100.0, "wall_s": 100.0,
     "reasoning_s": 90.0, "reasoning_tokens": 900, "answer_tokens": 100, "fork_tokens": 0,
     "accepted": {"speedup": 2.0}, "candidates": [candidate("own", 2.0, 100.0, 0, [])], "forks": [],
     "verdict_tokens": [1000],
@@ -71,11 +73,15 @@ def test_tokens_by_kind_and_feedback() -> None:
 
 
 def test_busy_and_useful_shares_are_of_all_evaluators_and_whole_phases() -> None:
-    phase = {"configuration": "specgen", "wall_s": 50.0, "gpu_seconds": {"useful": 20.0, "superseded": 10.0}}
+    phase = {"configuration": "specgen", "wall_s": 50.0, "gpu_seconds": {"useful": 20.0, "superseded": 10.0},
+             "kv": {"written_bytes": 4e9, "restored_bytes": 1e9}}  # fmt: skip
     lines = e2e_report.summarise([ALONE, FORKED], [phase], 2, 1.5)
     assert [line["configuration"] for line in lines] == ["sequential", "specgen"]
-    assert lines[1]["evaluators"] == {"busy": 0.3, "useful": 0.2}
-    assert "evaluators" not in lines[0]
+    said = lines[1]["evaluators"]
+    assert (said["busy"], said["useful"], said["gpu_seconds"]) == (0.3, 0.2, phase["gpu_seconds"])
+    assert said["engine_gpu_seconds"] == 50.0
+    assert said["kv"] == {"written_bytes": 4e9, "restored_bytes": 1e9}
+    assert lines[0]["evaluators"]["busy"] is None
 
 
 def test_tokens_are_those_of_the_first_question_that_knew_the_verdict() -> None:
@@ -86,18 +92,79 @@ def test_tokens_are_those_of_the_first_question_that_knew_the_verdict() -> None:
 def test_configurations_share_servers_and_a_budget_needs_sequential() -> None:
     names = [one.name for one in chosen(["pause-and-probe", "specgen", "sequential"])]
     assert names == ["sequential", "specgen", "pause-and-probe"]
-    assert CONFIGURATIONS["budget-50"].search(1.5, 1001).termination == "speedup:1.5|budget:tokens=500"
+    assert CONFIGURATIONS["budget-50"].search("speedup:1.5", 1001).termination == "speedup:1.5|budget:tokens=500"
     with pytest.raises(SpecGenError, match="run that first"):
-        CONFIGURATIONS["budget-50"].search(1.5)
+        CONFIGURATIONS["budget-50"].search("speedup:1.5")
     assert server_arguments("host", "peer") == ["--specgen-kv", "host"]
+    assert server_arguments("static", "peer") == ["--specgen-kv", "peer"]
+    assert (workers_of("static", 6), workers_of("tier", 6)) == (1, 6)
     assert server_arguments("pause", "off")[:2] == ["--specgen-scheduler-base-share", "0.001"]
 
 
 def test_gpus() -> None:
     assert Gpus.parse("serve=0,eval=1,2") == Gpus(0, (1, 2))
     assert Gpus.parse("cpu").evaluators == 1
+    assert not Gpus.parse("serve=0,eval=1,2").shared
     with pytest.raises(SpecGenError, match="serve=0,eval"):
         Gpus.parse("serve=0")
+
+
+def test_one_gpu_serves_and_evaluates_but_lends_to_nobody(tmp_path: Path) -> None:
+    gpus = Gpus.parse("serve=0,eval=0")
+    assert (gpus.shared, gpus.evaluators) == (True, 1)
+    setup = Setup(None, (BUNDLED,), gpus, tmp_path, 2, tier="peer")
+    with pytest.raises(SpecGenError, match="only evaluator is the serving GPU"), server(setup, "tier", tmp_path):
+        pass
+
+
+def test_a_search_of_iterations_keeps_its_best_and_adds_up_time_and_tokens() -> None:
+    alone = [ALONE, {**ALONE, "iteration": 2, "candidates": [candidate("own2", 3.0, 100.0, 0, [])]}]
+    mine = [{**FORKED, "iteration": 2, "candidates": [candidate("c", 1.2, 30.0, 0, [1])]}, FORKED]
+    line = e2e_runs.runs([*alone, *mine])[1]
+    assert (line["configuration"], line["iterations"], line["seconds"], line["best"]) == ("specgen", 2, 80.0, 1.6)
+    assert line["curve"] == [[40.0, 660, 1.6]]
+    assert line["time_over_sequential"] == pytest.approx(0.4)
+    assert line["at_share_of_time"]["25%"] == {"best": 1.6, "sequential": None, "ratio": None}
+    assert line["at_share_of_time"]["50%"]["ratio"] == pytest.approx(0.8)
+    assert line["at_share_of_tokens"]["100%"]["ratio"] == pytest.approx(1.6 / 3.0)
+    assert e2e_runs.runs([*alone, mine[1]])[1:] == []
+
+
+def test_evaluators_are_busy_while_a_candidate_waits() -> None:
+    """One is worked on from 8.5 s to 10 s, on the GPU for the last second; another waits from 8 s to 9.5 s."""
+    first, second = candidate("a", 2.0, 10.0, 0, []), candidate("b", 2.0, 11.5, 1, [])
+    second |= {"submitted_s": 8.0, "stages": {"queued": 1.5, "compile": 1.0, "time": 1.0}}
+    row = {**ALONE, "candidates": [first, second], "client_s": 20.0}
+    found = e2e_evaluators.shares([row], 1)
+    assert found["waiting_s"] == pytest.approx(1.5)
+    assert found["busy_while_waiting"] == pytest.approx(0.5 / 1.5)
+    assert found["held"] == pytest.approx((11.5 - 8.5) / 20.0)
+
+
+def test_a_reasoning_that_cannot_end_in_time_is_left_out() -> None:
+    assert e2e_budget.why_left_out(1000, 10.0, 100.0) is None
+    assert "1000 tokens at 10/s take 100 s" in str(e2e_budget.why_left_out(1000, 10.0, 99.0))
+    assert e2e_budget.why_left_out(1000, None, 1.0) is None
+    assert e2e_budget.why_left_out(0, 10.0, 0.0) == "the budget is over"
+    assert e2e_budget.longest_first([1, 5, 2], float) == [5, 1, 2]
+
+
+def test_the_table_says_every_figure_of_a_line() -> None:
+    phase = {"configuration": "specgen", "wall_s": 50.0, "gpu_seconds": {"useful": 20.0}, "kv": {}}
+    report = {
+        "machine": {"gpu_names": ["H200", "H200"], "gpus": 2, "date": "2026-01-02T00:00:00Z"}, "command": "c",
+        "model": "m", "gpus": "serve=0,eval=1", "searches": 8, "target": 1.5,
+        "summary": e2e_report.summarise([ALONE, FORKED], [phase], 1, 1.5), "runs": [],
+    }  # fmt: skip
+    text = e2e_table.markdown(report)
+    row = next(line for line in text.splitlines() if line.startswith("| specgen | ours | 1/1"))
+    assert "| 2.50 |" in row
+    assert "0.00 / 0.80 / 0.80 / 0.80" in row
+    assert "| 50 / 20 |" in text
+    heads = [line for line in text.splitlines() if line.startswith("| configuration")]
+    assert {head.count("|") for head in heads} == {
+        len(one) + 1 for one in (e2e_table.TIME, e2e_table.FEEDBACK, e2e_table.COST)
+    }
 
 
 @pytest.mark.parametrize(
@@ -105,6 +172,7 @@ def test_gpus() -> None:
     [
         (["--configurations", "nothing"], "use some of"),
         (["--gpus", "eval=1"], "serve=0,eval"),
+        (["--criterion", "speedup:x"], "--criterion='speedup:x'"),
         (["--resume", "absent.json"], "not readable"),
         (["--json", "absent/r.json"], "make it first"),
     ],

@@ -1,0 +1,79 @@
+"""How the evaluators were used, from the candidates' own times. Pure: rows of bench.end_to_end in, shares out.
+
+A verdict tells how long it was queued, compiled, checked, timed and profiled, not when: queueing is put first, the
+GPU's work last. Candidates whose search ended before their verdict are not in it; the pool's account (`busy`) has them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from specgen_engine.pools.base import busy_seconds
+
+Row = Mapping[str, Any]
+
+
+class Span(NamedTuple):
+    """Seconds of a phase's clock."""
+
+    start: float
+    end: float
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time, ascending, without overlaps."""
+    found: list[Span] = []
+    for span in sorted(one for one in spans if one.end > one.start):
+        if found and span.start <= found[-1].end:
+            found[-1] = Span(found[-1].start, max(found[-1].end, span.end))
+        else:
+            found.append(span)
+    return found
+
+
+def length(spans: Iterable[Span]) -> float:
+    return sum(span.end - span.start for span in spans)
+
+
+def common(first: Sequence[Span], second: Sequence[Span]) -> float:
+    """Seconds that two unions share."""
+    return sum(max(0.0, min(a.end, b.end) - max(a.start, b.start)) for a in first for b in second)
+
+
+def shares(rows: Sequence[Row], evaluators: int) -> dict[str, float | None]:
+    """Of the evaluators' time, by the candidates that got a verdict.
+
+    held: some candidate compiles, is checked, timed or profiled. busy_while_waiting: of the time in which a candidate
+    waited for an evaluator, the share in which one was checked, timed or profiled; None when none ever waited.
+    waiting_s: that time. Rows of one phase share a clock.
+    """
+    waited = worked = held = whole = 0.0
+    for phase in dict.fromkeys(row.get("phase", 0) for row in rows):
+        mine = [row for row in rows if row.get("phase", 0) == phase]
+        busy, hold, waiting = _by_device(mine)
+        whole += max(row["began_s"] + row["client_s"] for row in mine) - min(row["began_s"] for row in mine)
+        held += sum(length(spans) for spans in hold.values())
+        waited += length(waiting)
+        worked += sum(common(spans, waiting) for spans in busy.values())
+    return {
+        "held": held / (evaluators * whole) if whole else None,
+        "busy_while_waiting": worked / (evaluators * waited) if waited else None,
+        "waiting_s": waited,
+    }
+
+
+def _by_device(rows: Sequence[Row]) -> tuple[dict[str, list[Span]], dict[str, list[Span]], list[Span]]:
+    """By device: GPU work, and any work; and the time in which something waited."""
+    busy, hold, waiting = defaultdict[str, list[Span]](list), defaultdict[str, list[Span]](list), list[Span]()
+    for row in rows:
+        for one in row["candidates"]:
+            if one["verdict_s"] is None:
+                continue
+            begin, end = row["began_s"] + one["submitted_s"], row["began_s"] + one["verdict_s"]
+            taken = min(end, begin + one["stages"].get("queued", 0.0))
+            waiting.append(Span(begin, taken))
+            busy[one["device"]].append(Span(max(taken, end - busy_seconds(one["stages"])), end))
+            hold[one["device"]].append(Span(taken, end))
+    return {k: union(v) for k, v in busy.items()}, {k: union(v) for k, v in hold.items()}, union(waiting)

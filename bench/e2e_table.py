@@ -1,0 +1,172 @@
+"""Tables of bench.end_to_end: on the terminal, and as Markdown for a README.
+
+python -m bench.e2e_table bench/results/end_to_end_2xH200.json > tables.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Line = Mapping[str, Any]
+Columns = dict[str, Callable[[Line], str]]
+
+
+def plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def curve(shares: Mapping[str, float | None]) -> str:
+    return " / ".join(plain(value) for value in shares.values())
+
+
+def spread(by_seed: Mapping[str, float | None]) -> str:
+    """Least and most of several seeds."""
+    values = [value for value in by_seed.values() if value is not None]
+    return f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else "-"
+
+
+def used(line: Line, kind: str) -> str:
+    return percent(line["evaluators"].get(kind)) if line.get("evaluators") else ""
+
+
+def gpu_seconds(line: Line) -> str:
+    """Of the engine and of the evaluators, over whole phases."""
+    spent = line.get("evaluators")
+    return f"{spent['engine_gpu_seconds']:.0f} / {sum(spent['gpu_seconds'].values()):.0f}" if spent else ""
+
+
+def moved_gb(line: Line) -> str:
+    """Written to the KV tier and read back from it, GB; empty without one."""
+    kv = (line.get("evaluators") or {}).get("kv") or {}
+    return f"{kv['written_bytes'] / 1e9:.1f} / {kv['restored_bytes'] / 1e9:.1f}" if kv else ""
+
+
+NAME: Columns = {"configuration": lambda x: x["configuration"], "group": lambda x: x["group"]}
+TIME: Columns = {
+    **NAME,
+    "met": lambda x: f"{x['met']}/{x['traces']}",
+    "gain": lambda x: plain(x["gain"]),
+    "seeds": lambda x: spread(x["gain_by_seed"]),
+    "oracle": lambda x: plain(x.get("oracle_gain")),
+    "of the oracle": lambda x: percent(x.get("share_of_oracle")),
+    "least gain": lambda x: plain(x["worst_gain"]),
+    "time / sequential": lambda x: plain(x["time_over_sequential"]),
+    "accepted / final": lambda x: plain(x["accepted_over_final"]),
+    "best at 25 / 50 / 75 / 100 % of its time": lambda x: curve(x["best_by_time"]),
+    "of its tokens": lambda x: curve(x["best_by_tokens"]),
+}
+FEEDBACK: Columns = {
+    **NAME,
+    "correct": lambda x: str(x["feedback"]["correct"]),
+    "with profile": lambda x: str(x["feedback"]["profiled"]),
+    "correct / min": lambda x: plain(x["feedback"]["correct_per_minute"]),
+    "x sequential": lambda x: plain(x["feedback_over_sequential"]["correct_per_minute"]),
+    "correct / 1k tokens": lambda x: f"{x['feedback']['correct_per_1000_tokens']:.3f}",
+    "x sequential ": lambda x: plain(x["feedback_over_sequential"]["correct_per_1000_tokens"]),
+    "verdict p50 / p95 s": lambda x: (
+        f"{plain(x['feedback']['latency_p50_s'])} / {plain(x['feedback']['latency_p95_s'])}"
+    ),
+    "busy": lambda x: used(x, "busy"),
+    "busy while work waits": lambda x: used(x, "busy_while_waiting"),
+    "held": lambda x: used(x, "held"),
+    "useful": lambda x: used(x, "useful"),
+}
+COST: Columns = {
+    **NAME,
+    "base tokens/s": lambda x: f"{x['tokens_per_s']:.0f}",
+    "base slowed by": lambda x: percent(x["base_slowdown"]),
+    "reasoning": lambda x: str(x["tokens"]["reasoning"] + x["tokens"]["answer"]),
+    "fork": lambda x: str(x["tokens"]["fork"]),
+    "wasted": lambda x: str(x["tokens"]["wasted"]),
+    "harvested kernels": lambda x: str(x["tokens"]["harvested_candidates"]),
+    "prefix reused": lambda x: str(x["tokens"]["prefix_reused"]),
+    "prefix computed": lambda x: str(x["tokens"]["prefix_computed"]),
+    "GPU-s engine / evaluators": gpu_seconds,
+    "KV written / read GB": moved_gb,
+}
+RUN: Columns = {
+    "configuration": lambda x: x["configuration"],
+    "search": lambda x: f"{x['trace']}, {x['iterations']} iterations",
+    "seconds": lambda x: f"{x['seconds']:.0f}",
+    "time / sequential": lambda x: plain(x["time_over_sequential"]),
+    "tokens": lambda x: str(x["tokens"]),
+    "tokens / sequential": lambda x: plain(x["tokens_over_sequential"]),
+    "best": lambda x: plain(x["best"]),
+    "correct": lambda x: str(x["distinct_correct"]),
+    "best at 25 / 50 / 75 / 100 % of sequential's time": lambda x: at_shares(x["at_share_of_time"], "best"),
+    "over sequential's": lambda x: at_shares(x["at_share_of_time"], "ratio"),
+    "best at 25 / 50 / 75 / 100 % of its tokens": lambda x: at_shares(x["at_share_of_tokens"], "best"),
+    "over sequential's ": lambda x: at_shares(x["at_share_of_tokens"], "ratio"),
+}
+
+
+def at_shares(shares: Mapping[str, Line], kind: str) -> str:
+    return curve({share: one[kind] for share, one in shares.items()})
+
+
+def table(columns: Columns, lines: Sequence[Line]) -> str:
+    rows = [list(columns), ["---"] * len(columns), *([say(line) for say in columns.values()] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def markdown(report: Line) -> str:
+    """Every figure of the summary; times are against sequential of the same trace and seed."""
+    machine = report["machine"]
+    gpus = ", ".join(dict.fromkeys(machine["gpu_names"])) or "no GPU"
+    parts = [
+        f"Replayed through the real engine: `{report['command']}`, {report['model']}, {report['gpus']} "
+        f"({machine['gpus']} x {gpus}), {report['searches']} searches at once, {machine['date'][:10]}.",
+        f"Gain: sequential's time over the configuration's to {report['target']:g}x eager PyTorch, geometric mean; 1.0 "
+        "where it was not met.\n\n" + table(TIME, report["summary"]),
+        table(FEEDBACK, report["summary"]),
+        "Tokens by kind; prefixes of forks that were in the cache are computation avoided.\n\n"
+        + table(COST, report["summary"]),
+    ]
+    if report.get("runs"):
+        parts.append(table(RUN, report["runs"]))
+    if report.get("left_out"):
+        parts.append(
+            "Left out for want of time: "
+            + ", ".join(f"{x['configuration']} {x['trace']}/iter-{x['iteration']}" for x in report["left_out"])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def print_table(report: Line) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [(TIME, report["summary"]), (FEEDBACK, report["summary"]), (RUN, report["runs"])]
+    for columns, lines in shown:
+        if lines:
+            found = Table(*columns)
+            for line in lines:
+                found.add_row(*(say(line) for say in columns.values()))
+            Console(width=230).print(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.e2e_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", type=Path)
+    args = parser.parse_args()
+    try:
+        print(markdown(json.loads(args.report.read_text())), end="")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"bench.e2e_table: {args.report}: {error!r}; give a report of bench.end_to_end", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
