@@ -29,7 +29,6 @@ export FLASHINFER_WORKSPACE_BASE=$CACHE/flashinfer TRITON_CACHE_DIR=$CACHE/trito
 export XDG_CACHE_HOME=$CACHE/xdg SPECGEN_COMMIT=$(cat "$CARRY/COMMIT")
 if [ "${STEP:-}" = overhead ]; then
     # shellcheck disable=SC2086
-    # shellcheck disable=SC2086
     timeout -k 10 "$LIMIT_S" "$PYTHON" -m bench.overhead --json "$OUT/overhead.json" --model "$CARRY/$MODEL" --gpus "${OVERHEAD_GPUS:-0}" \
         --budget-s $((LIMIT_S - 180 > 20 ? LIMIT_S - 180 : 20)) ${ARGS:-} 2>&1 | tee "$OUT/overhead.log"
     exit "${PIPESTATUS[0]}"
@@ -46,12 +45,6 @@ load_inline("specgen_warm", "void warm();", source, functions=["warm"], build_di
 print(f"nvcc and torch's headers read: {time.monotonic() - started:.0f} s")
 PYTHON
 warm=$!
-if [ "${OVERHEAD:-0}" = 1 ]; then # ordinary chat beside searches instead: two servers, on GPU 0 or on OVERHEAD_GPUS=0,1
-    # shellcheck disable=SC2086
-    timeout -k 10 "$LIMIT_S" "$PYTHON" -m bench.overhead --model "$CARRY/$MODEL" --gpus "${OVERHEAD_GPUS:-0}" \
-        --rounds 6 --budget-s "${OVERHEAD_S:-110}" --json "$OUT/overhead.json" ${ARGS:-} 2>&1 | tee "$OUT/overhead.log"
-    exit
-fi
 # shellcheck disable=SC2086
 folders=$(for trace in $TRACES; do echo "$CARRY/traces/$trace"; done)
 # shellcheck disable=SC2086
