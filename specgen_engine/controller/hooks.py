@@ -19,6 +19,7 @@ from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.controller import Controller
 from specgen_engine.controller.http import add_routes
 from specgen_engine.controller.request import Plan, parse_options, plan_search, take_out
+from specgen_engine.controller.triggers import parse_trigger, wanted_logprobs
 from specgen_engine.errors import RequestError
 from specgen_engine.protocol import ForkPointDone, TriggerFired, is_fork, register_messages
 
@@ -159,6 +160,8 @@ def _served_without_forks(reason: str) -> None:
 
 async def _search(original: Any, manager: Any, obj: Any, request: Any, plan: Plan) -> AsyncIterator[Any]:
     streaming = bool(obj.stream)
+    if top_k := wanted_logprobs(parse_trigger(plan.trigger)):
+        obj.return_logprob, obj.top_logprobs_num, obj.logprob_start_len = True, top_k, -1
     prompt = obj.text if obj.text is not None else manager.tokenizer.decode(obj.input_ids)
     search = manager.specgen.search(original, obj, request, plan, prompt)
     try:

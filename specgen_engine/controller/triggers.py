@@ -15,6 +15,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol
 
+from specgen_engine.controller.entropy import entropy_of
+
 ENTRY_POINT_GROUP = "specgen.triggers"
 # Where the adaptive trigger looks; the controller decides at each of these points whether to fork (adaptive.py).
 ADAPTIVE_POINTS = "paragraph+fence+every:400"
@@ -260,6 +262,15 @@ class AnyOf:
     spec: str
     members: tuple[Member, ...]
 
+    @property
+    def top_k(self) -> int:
+        return max(wanted_logprobs(member.trigger) for member in self.members)
+
+    def weigh(self, state: tuple[int, tuple[Any, ...]], entropy: float) -> tuple[int, tuple[Any, ...]]:
+        last, inner = state
+        pairs = zip(self.members, inner, strict=True)
+        return last, tuple(weighed(member.trigger, before, entropy) for member, before in pairs)
+
     def start(self) -> tuple[int, tuple[Any, ...]]:
         return 0, tuple(member.trigger.start() for member in self.members)
 
@@ -273,6 +284,16 @@ class AnyOf:
             if name is not None and fired is None and position - last >= gap:
                 fired = spec
         return (last if fired is None else position, tuple(after)), fired
+
+
+def wanted_logprobs(trigger: Trigger) -> int:
+    """How many log-probabilities of each token a trigger wants; 0 for all but ``entropy``."""
+    return int(getattr(trigger, "top_k", 0))
+
+
+def weighed(trigger: Trigger, state: Any, entropy: float) -> Any:
+    """The state that knows the entropy (nats) of the distribution from which the next step's token came."""
+    return trigger.weigh(state, entropy) if wanted_logprobs(trigger) else state  # type: ignore[attr-defined]
 
 
 def _every(argument: str | None) -> Trigger:
@@ -292,6 +313,7 @@ def _plain(make: Callable[[], Trigger]) -> Callable[[str | None], Trigger]:
 
 _BUILT_IN: dict[str, Callable[[str | None], Trigger]] = {
     "adaptive": _plain(Adaptive),
+    "entropy": entropy_of,
     "every": _every,
     "paragraph": _plain(Paragraph),
     "fence": _plain(Fence),

@@ -9,8 +9,9 @@ from typing import Any
 
 from specgen_engine import versions
 from specgen_engine.config import SpecGenConfig
+from specgen_engine.controller.entropy import top_k_entropy
 from specgen_engine.controller.thinking import Phase, PhaseState, ReasoningPhase, ThinkingStyle
-from specgen_engine.controller.triggers import Trigger, parse_trigger
+from specgen_engine.controller.triggers import Trigger, parse_trigger, wanted_logprobs, weighed
 from specgen_engine.protocol import EndSearch, ForkPoint, ForkPointDone, TriggerFired, WatchSearch, is_fork, search_of
 from specgen_engine.scheduler.fork_point import holds_kv, insert_fork_point
 from specgen_engine.scheduler.policy import (
@@ -132,6 +133,8 @@ class SchedulerExtension:
         if not (before is watched.phase_state.phase is Phase.THINKING):
             return
         watched.reasoning += 1
+        if wanted_logprobs(watched.trigger):
+            watched.trigger_state = weighed(watched.trigger, watched.trigger_state, _entropy(req, watched.seen - 1))
         watched.trigger_state, fired = watched.trigger.step(watched.trigger_state, piece, watched.reasoning)
         if fired is None or not holds_kv(req):
             return
@@ -273,3 +276,9 @@ class SchedulerExtension:
         req.retraction_count -= 1
         self.retracted.ordinary -= 1
         watched.aside = True
+
+
+def _entropy(req: Any, index: int) -> float:
+    """Of the distribution that an output token came from, nats; logits are gathered, so every rank gets the same."""
+    rows = req.logprob.output_top_logprobs_val if req.return_logprob else None
+    return top_k_entropy(rows[index]) if rows and index < len(rows) else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specgen_engine.controller import triggers
+from specgen_engine.controller.entropy import top_k_entropy
 from specgen_engine.controller.triggers import fire_points, parse_trigger
 
 TEXT = """First thoughts on the row.
@@ -178,3 +180,31 @@ def test_a_step_is_cheap(spec: str) -> None:
         best = min(best, (time.perf_counter() - began) / len(pieces))
     print(f"{spec}: {best * 1e6:.2f} us a token")
     assert best < 6e-6
+
+
+def test_entropy_fires_where_the_distribution_is_flat_and_only_there() -> None:
+    flat, sharp = [-2.0] * 8, [-0.01, -9.0, -9.0]
+    assert top_k_entropy(flat) == pytest.approx(math.log(8))
+    assert top_k_entropy(sharp) < 0.01
+    assert top_k_entropy([]) == 0.0
+    trigger = parse_trigger("entropy:1:min=3+every:100")
+    assert triggers.wanted_logprobs(trigger) == 8
+    state, fired = trigger.start(), []
+    for position, logprobs in enumerate([flat, sharp, sharp, flat, flat, flat, flat], 1):
+        state = triggers.weighed(trigger, state, top_k_entropy(logprobs))
+        state, name = trigger.step(state, "x", position)
+        fired += [(position, name)] if name else []
+    assert fired == [(4, "entropy:1:min=3"), (7, "entropy:1:min=3")]
+
+
+def test_entropy_is_silent_on_recorded_text_and_costs_other_triggers_nothing() -> None:
+    assert fire_points(parse_trigger("entropy:0.1"), ["a"] * 50) == []
+    plain = parse_trigger("paragraph:min=3+fence")
+    assert triggers.wanted_logprobs(plain) == 0
+    assert triggers.weighed(plain, plain.start(), 2.0) == plain.start()
+
+
+@pytest.mark.parametrize("spec", ["entropy", "entropy:x", "entropy:0", "entropy:2.2", "entropy:nan"])
+def test_entropy_needs_nats_that_eight_tokens_can_reach(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"nats above 0 and below 2\.08"):
+        parse_trigger(spec)

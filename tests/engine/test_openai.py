@@ -179,6 +179,22 @@ def test_a_running_search_is_forked_on_demand(server: Client) -> None:
         pytest.fail("an ended search was forked")
 
 
+def test_entropy_forks_and_its_log_probabilities_stay_inside(server: Client) -> None:
+    """Random weights are unsure of every token, so each 200th is one to fork at."""
+    options = {**SEARCH, "trigger": "entropy:0.5:min=200", "termination": "none"}
+    stream = server.chat(PROMPT, options, stream=True, **LONG)
+    for number, chunk in enumerate(stream):
+        assert all(choice.logprobs is None for choice in chunk.choices)
+        if number == 700:
+            break
+    stream.close()
+    forks = server.get(f"/specgen/searches/{chunk.id}").json()["forks"]
+    assert [(fork["trigger"], fork["at_token"]) for fork in forks[:3]] == [
+        ("entropy:0.5:min=200", at) for at in (200, 400, 600)
+    ]
+    server.flush()
+
+
 def test_a_client_that_leaves_cancels_its_search(server: Client) -> None:
     stream = server.chat(PROMPT, {**SEARCH, "termination": "none"}, stream=True, **LONG)
     for number, _ in enumerate(stream):
