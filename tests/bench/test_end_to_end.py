@@ -10,7 +10,7 @@ import pytest
 from bench import e2e_budget, e2e_evaluators, e2e_report, e2e_runs, e2e_table, end_to_end
 from bench.e2e_configurations import CONFIGURATIONS, chosen, server_arguments, workers_of
 from bench.e2e_searches import tokens_at_verdicts
-from bench.e2e_servers import Gpus, Setup, server
+from bench.e2e_servers import Gpus, Setup, host_size, server
 from specgen_engine.errors import SpecGenError
 from specgen_engine.replay.trace import BUNDLED
 
@@ -117,16 +117,21 @@ def test_one_gpu_serves_and_evaluates_but_lends_to_nobody(tmp_path: Path) -> Non
         pass
 
 
+def test_the_host_tier_is_as_large_as_what_a_peer_lends() -> None:
+    assert host_size(server_arguments("host", "off"), 16) == ["--hicache-size", "18"]
+    assert host_size(server_arguments("tier", "peer"), 16) == []
+
+
 def test_a_search_of_iterations_keeps_its_best_and_adds_up_time_and_tokens() -> None:
     alone = [ALONE, {**ALONE, "iteration": 2, "candidates": [candidate("own2", 3.0, 100.0, 0, [])]}]
-    mine = [{**FORKED, "iteration": 2, "candidates": [candidate("c", 1.2, 30.0, 0, [1])]}, FORKED]
+    mine = [{**FORKED, "iteration": 2, "candidates": [candidate("c", 1.8, 30.0, 0, [1])]}, FORKED]
     line = e2e_runs.runs([*alone, *mine])[1]
-    assert (line["configuration"], line["iterations"], line["seconds"], line["best"]) == ("specgen", 2, 80.0, 1.6)
-    assert line["curve"] == [[40.0, 660, 1.6]]
+    assert (line["configuration"], line["iterations"], line["seconds"], line["best"]) == ("specgen", 2, 80.0, 1.8)
+    assert line["curve"] == [[40.0, 660, 1.6], [70.0, 660 + 190, 1.8]]
     assert line["time_over_sequential"] == pytest.approx(0.4)
     assert line["at_share_of_time"]["25%"] == {"best": 1.6, "sequential": None, "ratio": None}
-    assert line["at_share_of_time"]["50%"]["ratio"] == pytest.approx(0.8)
-    assert line["at_share_of_tokens"]["100%"]["ratio"] == pytest.approx(1.6 / 3.0)
+    assert line["at_share_of_time"]["50%"]["ratio"] == pytest.approx(0.9)
+    assert line["at_share_of_tokens"]["100%"]["ratio"] == pytest.approx(1.8 / 3.0)
     assert e2e_runs.runs([*alone, mine[1]])[1:] == []
 
 
@@ -158,7 +163,7 @@ def test_the_table_says_every_figure_of_a_line() -> None:
     }  # fmt: skip
     text = e2e_table.markdown(report)
     row = next(line for line in text.splitlines() if line.startswith("| specgen | ours | 1/1"))
-    assert "| 2.50 |" in row
+    assert row.startswith("| specgen | ours | 1/1 | 2.50 |")
     assert "0.00 / 0.80 / 0.80 / 0.80" in row
     assert "| 50 / 20 |" in text
     heads = [line for line in text.splitlines() if line.startswith("| configuration")]
