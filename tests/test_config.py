@@ -52,6 +52,8 @@ def test_file_and_flags_merge_and_the_flag_wins(tmp_path: Path) -> None:
         ('allow_untrusted = "yes"\n', ":1: allow_untrusted: Input should be a valid boolean"),
         ("trigger = 1979-05-27\nreplay = 'x'\n", ":2: replay: Input should be a valid"),
         ("[tasks]\nroots = ['/nowhere/at/all']\n", ":2: tasks.roots: /nowhere/at/all is no folder"),
+        ('[evaluation]\ndevice = "gpu0"\n', ":2: evaluation.device:"),
+        ("[scheduler]\nheadroom = 1.0\n", ":2: scheduler.headroom: Input should be less than 1"),
         ("trigger = \n", "not TOML"),
     ],
 )
@@ -98,9 +100,11 @@ def test_a_trace_with_a_missing_or_cut_file_is_refused_at_start_naming_it(
         parse("--specgen-replay", str(trace))
 
 
-def test_a_missing_file_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        parse("--specgen-config", str(tmp_path / "none.toml"))
+def test_a_file_that_is_missing_or_no_text_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "bytes.toml").write_bytes(b'trigger = "\xff"')
+    for name in ("none.toml", "bytes.toml"):
+        with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
+            parse("--specgen-config", str(tmp_path / name))
 
 
 def test_every_leaf_has_a_flag_and_a_description() -> None:
