@@ -28,7 +28,7 @@ from bench.service_times import Service, read_service_times
 from bench.virtual_time import Machine, Outcome, Recording, View, oracle_seconds, run_search, sequential
 from specgen_engine.controller import adaptive
 from specgen_engine.controller.termination import Criterion, Speedup, parse_termination
-from specgen_engine.controller.triggers import ADAPTIVE_POINTS, fire_points, parse_trigger
+from specgen_engine.controller.triggers import ADAPTIVE_POINTS, fire_points, name_of, parse_trigger
 from specgen_engine.replay.trace import TraceError, load_traces
 
 SCHEMA = "specgen.policies/1"
@@ -313,6 +313,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for policy in options.policies:
         if policy != "adaptive":
             parse_trigger(policy, "--policies")
+        if any(name_of(part.strip()) == "entropy" for part in policy.split("+")):
+            raise UsageError(f"--policies {policy!r}: recordings have no distribution to fork by; leave entropy out")
     return options
 
 

@@ -208,3 +208,8 @@ def test_adaptive_on_the_shared_gpu_traces() -> None:
         assert lines["adaptive"]["oracle_gain"] == pytest.approx(
             {"speedup:1.5": 3.1, "final:0.9": 2.07, "plateau:3": 1.25}[spec], abs=0.02
         )
+
+
+def test_entropy_is_refused_since_recordings_have_no_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert policies.main(["--traces", "x", "--policies", "every:400 + entropy:1:min=200"]) == 2
+    assert "recordings have no distribution" in capsys.readouterr().err
