@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -81,12 +82,18 @@ class Setup:
     tier: str = "off"
 
 
+def host_size(words: list[str], lend_gib: int) -> list[str]:
+    """HiCache's host pool is as large as what a peer lends; by default it pins twice the GPU's KV pool."""
+    return ["--hicache-size", str(math.ceil(lend_gib * 2**30 / 1e9))] if "host" in words else []
+
+
 @contextmanager
 def server(setup: Setup, variant: str, cache: Path) -> Iterator[Server]:
     """A server of this variant, with its lender where it needs one. Raises SpecGenError with the log's last error."""
     setup.logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         words = [*server_arguments(variant, setup.tier), *FORK_ARGUMENTS]
+        words += host_size(words, setup.lend_gib)
         words += ["--specgen-replay", *(str(path.resolve()) for path in setup.traces)]
         words += ["--specgen-evaluation-cache", str(cache), "--specgen-evaluation-profile", setup.profile]
         words += ["--specgen-evaluation-workers", str(workers_of(variant, setup.workers))]
