@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -77,6 +78,44 @@ def test_answers_are_what_the_description_says() -> None:
         "/specgen/", "/specgen/events", "/specgen/openapi.json", "/specgen/searches", "/specgen/searches/{search}",
         "/specgen/searches/{search}/fork",
     }  # fmt: skip
+
+
+def test_ids_come_when_asked_for_and_a_search_that_is_unknown_is_a_404() -> None:
+    client = TestClient(app_of(controller_with_history()))
+    assert "ids" not in client.get("/specgen/searches/a").json()
+    assert client.get("/specgen/searches/a?ids=true").json()["ids"] is not None
+    assert client.get("/specgen/searches/a?ids=perhaps").status_code in (400, 422)
+    for missing in (client.get("/specgen/searches/b"), client.post("/specgen/searches/b/fork")):
+        assert missing.status_code == 404
+        assert "no search 'b'" in missing.text
+
+
+def test_a_fork_is_asked_of_a_search_that_reasons_and_refused_by_any_other() -> None:
+    def ended() -> int:
+        raise ValueError("search a is ended: only a running reasoning can be forked")
+
+    controller = controller_with_history()
+    controller.sessions["a"] = SimpleNamespace(ask_for_fork=lambda: 41)
+    controller.sessions["b"] = SimpleNamespace(ask_for_fork=ended)
+    client = TestClient(app_of(controller))
+    assert client.post("/specgen/searches/a/fork").json() == {"search": "a", "length": 41}
+    refused = client.post("/specgen/searches/b/fork")
+    assert refused.status_code == 409
+    assert "only a running reasoning" in refused.text
+
+
+def test_a_snapshot_holds_the_latest_of_the_searches_that_ended() -> None:
+    controller = fake_controller()
+    for number in range(routes.ENDED_SHOWN + 3):
+        controller.history[str(number)] = ended_record(str(number))
+    shown = [row["id"] for row in routes.snapshot_of(controller)["searches"]]
+    assert shown == [str(number) for number in range(3, routes.ENDED_SHOWN + 3)]
+
+
+def test_an_answer_with_a_field_that_is_not_described_is_none_of_ours() -> None:
+    listing = TestClient(app_of(controller_with_history())).get("/specgen/searches").json()
+    with pytest.raises(ValueError, match="Extra inputs"):
+        Searches.model_validate({**listing, "more": 1})
 
 
 DESCRIBED = schemathesis.openapi.from_asgi("/specgen/openapi.json", app_of(controller_with_history()))
