@@ -157,7 +157,7 @@ def check_storm(client: Client, scratch: Path, requests: int) -> None:
     deadline = time.monotonic() + 60  # closed sockets and judged candidates leave a moment later
     while (after := state_of(client, scratch)) != before and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert after == before
+    assert after == before, after.descriptors - before.descriptors
     assert client.chat("still there?", max_tokens=4).usage.completion_tokens == 4
 
 
