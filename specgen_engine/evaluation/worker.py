@@ -224,6 +224,7 @@ class Worker(Processes):
                     self.job = request["job"]
                     if request["op"] == "check_task":
                         self.link.send(check_task(self, request))
+                        self.bury_candidate()  # the judge of the task before; an evaluation does so itself
                     else:
                         evaluate(self, request)
                     self.link.cancelled.discard(self.job)
