@@ -16,23 +16,13 @@ HEAD_START_CYCLES = 200_000
 """About 0.1 ms of an idle GPU, in which the host launches what is timed with a warm L2."""
 
 
-def _leave(*_: object) -> None:
-    """Nothing to replace."""
-
-
 class Clock(Protocol):
-    head_start: int
-
     def settle(self) -> None:
         """Wait until everything that was started on the device has ended."""
         ...
 
-    def time(self, call: Callable[[], Any], refill: Callable[[], None] = _leave) -> tuple[int, Any]:
-        """(nanoseconds, result) of one call, from a quiet device to a quiet one; refill() first replaces its inputs."""
-        ...
-
-    def take_behind(self) -> int:
-        """Calls since the last time that the device began before the host had launched all of them."""
+    def time(self, call: Callable[[], Any]) -> tuple[int, Any]:
+        """(nanoseconds, result) of one call, from a quiet device to a quiet device."""
         ...
 
     def take_late(self) -> list[int]:
@@ -47,8 +37,6 @@ class CpuClock:
     wall time measures the neighbours: the same kernel gave 0.8x and 4.9x on two shared cores.
     """
 
-    head_start = 0
-
     def __init__(self, threads: int) -> None:
         self._now = _cpu if threads == 1 else _wall
 
@@ -58,11 +46,7 @@ class CpuClock:
     def take_late(self) -> list[int]:
         return []
 
-    def take_behind(self) -> int:
-        return 0
-
-    def time(self, call: Callable[[], Any], refill: Callable[[], None] = _leave) -> tuple[int, Any]:
-        refill()
+    def time(self, call: Callable[[], Any]) -> tuple[int, Any]:
         now = self._now
         start = now()
         result = call()
@@ -72,13 +56,8 @@ class CpuClock:
 class CudaClock:
     """CUDA events around the call on the current stream, after the L2 has been overwritten.
 
-    head_start: cycles for which the device waits first, so that the host has launched the whole call when it begins:
-    on a busy host a launch from Python outlasts the flush, and the same kernel took 0.28 or 0.37 ms. Inputs are
-    replaced after that wait, in the stream's order: what another stream does meanwhile is done to the former inputs.
     The device is waited for once that stream is done: what others still work on then is late (take_late).
     """
-
-    head_start = 0
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -88,8 +67,6 @@ class CudaClock:
         self._end = torch.cuda.Event(enable_timing=True)
         self._synchronize = torch.cuda.synchronize
         self._late: list[int] = []
-        self._behind = 0
-        self._sleep = torch.cuda._sleep
 
     def settle(self) -> None:
         self._synchronize(self.device)
@@ -98,20 +75,12 @@ class CudaClock:
         late, self._late = self._late, []
         return late
 
-    def take_behind(self) -> int:
-        behind, self._behind = self._behind, 0
-        return behind
-
-    def time(self, call: Callable[[], Any], refill: Callable[[], None] = _leave) -> tuple[int, Any]:
-        self._synchronize(self.device)
-        if self.head_start:
-            self._sleep(self.head_start)
-        refill()
+    def time(self, call: Callable[[], Any]) -> tuple[int, Any]:
+        # No wait after the flush: while it runs (some 0.1 ms) the host is ahead, so a short kernel's launch is hidden.
         self._flush.zero_()
         self._start.record()
         result = call()
         self._end.record()
-        self._behind += self._start.query()
         self._end.synchronize()
         joined = _wall()
         self._synchronize(self.device)

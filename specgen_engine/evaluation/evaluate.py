@@ -19,7 +19,7 @@ from .profile.stage import Subjected, profile_candidate
 from .tensors import create_region
 from .timed import Timed
 from .timing import Speedup
-from .worker import Doubtful, Ended, JudgeLost, Worker
+from .worker import Ended, JudgeLost, Worker
 
 
 class Evaluation(Timed):
@@ -84,8 +84,7 @@ class Evaluation(Timed):
 def evaluate(worker: Worker, request: dict[str, Any]) -> None:
     """Tell the verdict, then clear away what it left. Raises only PoolGone.
 
-    An evaluation whose judge was killed (out of memory on the host, say), or of which the clocks disagree, is made
-    again, once.
+    An evaluation whose judge was killed is made again, once: out of memory on the host, say.
     """
     if not _evaluate(worker, request, again=False):
         _evaluate(worker, request, again=True)
@@ -115,7 +114,7 @@ def _evaluate(worker: Worker, request: dict[str, Any], *, again: bool) -> bool:
                 "extra_ms": evaluation.extra_ms,
             }
         except Ended as ended:
-            if isinstance(ended, JudgeLost | Doubtful) and not again:
+            if isinstance(ended, JudgeLost) and not again:
                 return False
             evaluation.note_hang(ended)
             verdict |= {"status": ended.status, "reason": ended.reason, "digest": ended.digest}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,6 @@ import torch
 
 from .clock import Clock
 from .tensors import map_tensors, tensors_of
-
-PLACES = 5
-PLACED_BYTES = 256 << 20
-"""Inputs that take more lie over so much memory that another place makes no difference."""
 
 
 def load_module(source: str, name: str, folder: Path) -> ModuleType:
@@ -45,23 +40,8 @@ class TimedCalls:
 
     def __init__(self, model: Any, sources: dict[int, list[Any]], clock: Clock) -> None:
         self.model, self.sources, self.clock = model, sources, clock
-        self._places = [map_tensors(next(iter(sources.values())), torch.clone)]
-        self._work_at(0)
-
-    def _work_at(self, place: int) -> None:
-        self._place = place
-        self.working = self._places[place]
+        self.working = map_tensors(next(iter(sources.values())), torch.clone)
         self._flat = tensors_of(self.working)
-
-    def place_anew(self) -> None:
-        """Work elsewhere in memory: up to PLACES places, all kept so that none lies on another, then by turns."""
-        held = sum(tensor.numel() * tensor.element_size() for tensor in self._flat)
-        if len(self._places) < PLACES and held <= PLACED_BYTES:
-            try:
-                self._places.append(map_tensors(self.working, torch.clone))
-            except RuntimeError:  # no memory for another: those at hand do
-                pass
-        self._work_at((self._place + 1) % len(self._places))
 
     def run(self, sequence: Sequence[int], call: Any) -> tuple[list[int], Any]:
         """Times of call(*inputs), one for each slot named in sequence, in ns; and the last result."""
@@ -69,19 +49,12 @@ class TimedCalls:
         result: Any = None
         for slot in sequence:
             result = None
-            elapsed, result = self.clock.time(lambda: call(*self.working), functools.partial(self._refill, slot))
+            for target, origin in zip(self._flat, tensors_of(self.sources[slot]), strict=True):
+                target.copy_(origin)
+            self.clock.settle()
+            elapsed, result = self.clock.time(lambda: call(*self.working))
             times.append(elapsed)
         return times, result
-
-    def untimed(self, slot: int, call: Any) -> None:
-        """One call whose time nobody is told: the first at new addresses may do more than the others."""
-        self.run([slot], call)
-        self.clock.take_late()
-        self.clock.take_behind()
-
-    def _refill(self, slot: int) -> None:
-        for target, origin in zip(self._flat, tensors_of(self.sources[slot]), strict=True):
-            target.copy_(origin)
 
 
 def shares_memory(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> bool:

@@ -41,10 +41,6 @@ class JudgeLost(Ended):
     """Somebody killed the judge: neither the task's fault nor the candidate's."""
 
 
-class Doubtful(Ended):
-    """The clocks disagree about it, which a busy host can cause: to be said of it only if it happens twice."""
-
-
 class PoolGone(Exception):
     """The pool closed its end."""
 

@@ -121,29 +121,15 @@ class Subject:
         self.calls.sources.update(sources)
         return {"event": "staged"}
 
-    def anew(self, slot: int) -> dict[str, object]:
-        """The timed calls' inputs lie elsewhere from now on."""
+    def time(self, sequence: list[int]) -> dict[str, object]:
         assert self.calls is not None
-        self.calls.place_anew()
-        if self.device.startswith("cuda"):
-            self.calls.untimed(slot, self.model)
-        return {"event": "placed"}
-
-    def time(self, sequence: list[int], head_start: int) -> dict[str, object]:
-        assert self.calls is not None
-        self.clock.head_start = head_start
         if self.device.startswith("cuda"):
             release_l2(self.guards_off)
         times, self.last = self.calls.run(sequence, self.model)
         check_functions(self.guards_off)
         if self.device.startswith("cuda"):
             check_l2(self.guards_off)
-        return {
-            "event": "timed",
-            "ns": times,
-            "late": self.clock.take_late(),
-            "behind": self.clock.take_behind(),
-        }
+        return {"event": "timed", "ns": times, "late": self.clock.take_late()}
 
     def warm_calls(self) -> dict[str, object]:
         """Times with the inputs in the L2 cache."""
@@ -190,9 +176,7 @@ class Subject:
         if op == "stage":
             return self.stage(message["inputs"])
         if op == "time":
-            return self.time(message["sequence"], message["head_start"])
-        if op == "anew":
-            return self.anew(message["slot"])
+            return self.time(message["sequence"])
         if op == "profile":
             return self.profile(message["tool"], message["inputs"])
         if op == "warm_calls":

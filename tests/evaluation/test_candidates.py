@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from specgen_engine.evaluation.base import Status
-from specgen_engine.evaluation.blocks import Block, Side
 from specgen_engine.evaluation.candidates.entry import EntryError, parse_entry, value_of
 from specgen_engine.evaluation.candidates.forms import detect_form
 from specgen_engine.evaluation.candidates.plain_cuda import CompileError, PlainCudaModel, compile_plain_cuda
 from specgen_engine.evaluation.digest import error_digest, is_compile_error
 from specgen_engine.evaluation.static import static_check
 from specgen_engine.evaluation.tasks.load import load_task
+from specgen_engine.evaluation.timing import works_on
 
 FORMATS = Path(__file__).parent / "formats"
 CUDA = (FORMATS / "candidates" / "scaled_softmax.cu").read_text()
@@ -225,14 +225,10 @@ def test_a_solution_may_not_leave_its_folder_nor_import_what_is_banned() -> None
 
 def test_work_on_another_stream_is_told_from_the_wait_itself() -> None:
     told, wait = [30_000] * 9, [8_000, 9_000, 50_000]
-
-    def goes_on(late: list[int], others: list[int]) -> bool:
-        return Block(Side(told, 0, 0, others, 0), Side(told, 0, 0, late, 0)).goes_on
-
-    assert goes_on([90_000] * 9, wait)
-    assert not goes_on([12_000] * 8 + [900_000], wait)
-    assert not goes_on([], wait)
-    assert not goes_on([300_000] * 9, [290_000] * 9)
+    assert works_on([90_000] * 9, wait, told)
+    assert not works_on([12_000] * 8 + [900_000], wait, told)
+    assert not works_on([], wait, told)
+    assert not works_on([300_000] * 9, [290_000] * 9, told)
 
 
 @pytest.mark.gpu(count=1)
