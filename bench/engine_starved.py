@@ -25,11 +25,10 @@ import numpy as np
 
 from bench.engine_servers import Wanted, together
 from bench.machine import new_report, write_report
-from specgen_engine.replay.trace import load_traces
+from bench.streamed_search import streamed_search
+from specgen_engine.replay.trace import BUNDLED, load_traces
 
-TASK = load_traces([Path(__file__).parents[1] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"])[
-    0
-].task_source
+TASK = load_traces([BUNDLED])[0].task_source
 SEARCHES, BASE_TOKENS, FORKS_A_SEARCH, FORK_TOKENS, TRIGGER = 2, 384, 2, 128, "every:16"
 ORDINARY, PROMPT_TOKENS, NEW_TOKENS = 20, 96, 64
 LEAD_TOKENS = 64
@@ -60,12 +59,7 @@ class Bench:
 
     async def search(self, number: int, trigger: str, reasons: asyncio.Event) -> int:
         """One streamed search; `reasons` is set at its LEAD_TOKENS-th token. Returns how many forks it made."""
-        wanted = {"task": TASK, "trigger": trigger, "termination": "none", "fork": {"max_tokens": FORK_TOKENS}}
-        body = {
-            "model": "m", "messages": [{"role": "user", "content": f"search {number}"}],
-            "stream": True, "temperature": 0, "max_tokens": BASE_TOKENS, "ignore_eos": True,
-            "custom_params": {"specgen": json.dumps(wanted)},
-        }  # fmt: skip
+        body = streamed_search(TASK, number, trigger, FORK_TOKENS, BASE_TOKENS)
         chunks, forks = 0, None
         async with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as answer:
             answer.raise_for_status()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import httpx
+
+from bench.streamed_search import streamed_search
 
 # 64 requests in a row of a production chat service: (prompt tokens, generated tokens), on 2023-11-16 from 18:43:10.58,
 # AzureLLMInferenceTrace_conv.csv, github.com/Azure/AzurePublicDataset, CC-BY 4.0 (Patel et al., Splitwise, ISCA 2024).
@@ -135,12 +136,7 @@ class Traffic:
             await asyncio.sleep(0.02)
 
     async def _search(self, number: int, trigger: str, counts: list[int], begun: asyncio.Event) -> None:
-        asked = {"task": TASK, "trigger": trigger, "termination": "none", "fork": {"max_tokens": FORK_TOKENS}}
-        body = {
-            "model": "m", "messages": [{"role": "user", "content": f"search {number}"}],
-            "stream": True, "temperature": 0, "max_tokens": SEARCH_TOKENS, "ignore_eos": True,
-            "custom_params": {"specgen": json.dumps(asked)},
-        }  # fmt: skip
+        body = streamed_search(TASK, number, trigger, FORK_TOKENS, SEARCH_TOKENS)
         async with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():

@@ -198,6 +198,8 @@ class SchedulerExtension:
 
     def give_way(self, batch: Any) -> None:
         """Before ordinary requests are admitted: they find the pool as it is without forks, or room to spare."""
+        if not self.scheduler.waiting_queue or not _runs_forks(batch):
+            return
         if forks_in_the_way(self._load(self._ordinary_waiting(), batch.reqs)):
             while self._retract_fork(batch, "ordinary requests ask for its KV"):
                 pass
@@ -217,6 +219,8 @@ class SchedulerExtension:
         SGLang's own retraction ends with an estimate of how much running requests will still take, by which it then
         admits ordinary requests: forks, which come and go by other rules, have no part in it.
         """
+        if not _runs_forks(batch):
+            return
         batch.filter_batch()
         while batch.reqs and not batch.check_decode_mem():
             if not self._retract_fork(batch, "the next step does not fit the pool"):
@@ -282,3 +286,7 @@ def _entropy(req: Any, index: int) -> float:
     """Of the distribution that an output token came from, nats; logits are gathered, so every rank gets the same."""
     rows = req.logprob.output_top_logprobs_val if req.return_logprob else None
     return top_k_entropy(rows[index]) if rows and index < len(rows) else 0.0
+
+
+def _runs_forks(batch: Any) -> bool:
+    return any(is_fork(req.rid) for req in batch.reqs)
