@@ -42,6 +42,10 @@ class Budget:
         self.taken[search] += 1
         return True
 
+    @property
+    def in_flight(self) -> int:
+        return self.taken.total()
+
     def give_back(self, search: str) -> None:
         self.taken[search] -= 1
         if not self.taken[search]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from array import array
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from specgen_engine.controller.adaptive import View
 from specgen_engine.controller.answers import drafted_modules, extract_candidate, feedback_of, goes_on_reasoning
@@ -13,16 +15,27 @@ from specgen_engine.controller.events import ForkBudget, ForkDone, Script, Sessi
 from specgen_engine.controller.learning import TRIGGER as ADAPTIVE
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes
-from specgen_engine.controller.report import ForkRecord, SearchRecord
+from specgen_engine.controller.report import ForkRecord, LateFork, SearchRecord
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.thinking import fork_suffix
 from specgen_engine.controller.triggers import name_of
 from specgen_engine.evaluation.base import Candidate, Pool
+from specgen_engine.pools.policy import Admission
 from specgen_engine.protocol import ReplayScript, TriggerFired, fork_rid
 
+logger = logging.getLogger(__name__)
 LOOK_TOKENS = 32
 """How often a fork's text is looked at for whether it is an answer at all."""
 REASONED_ON = "reasoned on"
+ASKED = "asked"
+"""Trigger of a fork that somebody asked for by name: it is made whenever it comes."""
+
+
+@runtime_checkable
+class Admits(Protocol):
+    """A pool that can say whether a fork would be judged in time (pools/policy.admit)."""
+
+    def admission(self, wanted: int, remaining_s: float, **fork: float) -> Admission: ...
 
 
 class Forks:
@@ -59,6 +72,8 @@ class Forks:
         position = message.reasoning_tokens
         view = View(position - self._last, best, position, len(self.record.forks), self.tokens, running)
         if name_of(message.trigger) == ADAPTIVE and not self._wanted(view):
+            return
+        if name_of(message.trigger) != ASKED and self._too_late(message):
             return
         if running >= self.options.per_search or not self.budget.take(self.record.id):
             self.record.forks_skipped += 1
@@ -97,6 +112,31 @@ class Forks:
             evaluators if isinstance(evaluators, int) else 1,
         )
 
+    def _too_late(self, message: TriggerFired) -> bool:
+        """Ask the pool whether feedback on a fork made now would come in time; an idle pool gets a first one."""
+        position, seconds = message.reasoning_tokens, self._now()
+        if not isinstance(self.pool, Admits) or position <= 0 or seconds <= 0:
+            return False
+        task, pace_s = self.plan.task.name, seconds / position
+        left_s = self.learner.expected_left(task, position) * pace_s
+        answer = min(self.learner.answer_tokens(task), self.plan.fork_tokens)
+        advice = self.pool.admission(
+            1, left_s, generate_s=answer * pace_s, coming=self.budget.in_flight,
+            grace_s=0.0 if self.options.streaming else self.options.grace_s,
+        )  # fmt: skip
+        if advice.forks or (advice.idle and not self.record.forks):
+            return False
+        feedback_s = round(advice.feedback_s, 3) if math.isfinite(advice.feedback_s) else None
+        late = LateFork(seconds, position, message.trigger, round(left_s, 3), feedback_s, advice.reason)
+        self.record.late_forks.append(late)
+        self.notes.late(late)
+        logger.info("specgen %s: no fork at token %d: %s", self.record.id, position, advice.reason)
+        return True
+
+    def reasoned(self, tokens: int) -> None:
+        """The base's reasoning has ended by itself."""
+        self.learner.observe_whole(self.plan.task.name, tokens)
+
     def _play(self, rid: str, at_token: int, input_tokens: int) -> str | None:
         if self.script is None:
             return None
@@ -112,7 +152,7 @@ class Forks:
         try:
             async for step in self.engine.generate_fork(rid, ids, options):
                 output = step
-                record.tokens = len(step.ids)
+                record.tokens = max(record.tokens, len(step.ids))  # an abort comes without ids
                 record.prefix_reused = int(step.meta.get("cached_tokens", 0))
                 if recorded is None and record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
                     looked_at = record.tokens

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord
+from specgen_engine.controller.report import CandidateRecord, ForkRecord, LateFork, SearchRecord
 from specgen_engine.evaluation.base import Stage
 
 Publish = Callable[[str, dict[str, Any]], None]
@@ -37,6 +37,9 @@ class Notes:
 
     def fork(self, fork: ForkRecord) -> None:
         self._say("fork", {"fork": asdict(fork)})
+
+    def late(self, late: LateFork) -> None:
+        self._say("late_fork", {"late_fork": asdict(late)})
 
     def candidate(self, candidate: CandidateRecord) -> None:
         self._say("candidate", {"candidate": asdict(candidate)})

@@ -72,6 +72,21 @@ class DecisionRecord:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LateFork:
+    """A fork that was not made because its feedback would have come too late. left_s, feedback_s: expected, from t_s.
+
+    reason: one line of the pool's.
+    """
+
+    t_s: float
+    at_token: int
+    trigger: str
+    left_s: float
+    feedback_s: float | None
+    reason: str
+
+
 @dataclass(slots=True)
 class TokenIds:
     """Ids of a search's base output and of each fork's input and output, 4 bytes each; for audits of reused KV."""
@@ -111,7 +126,6 @@ class SearchRecord:
     reasoning_tokens: int = 0
     recorded_reasoning_tokens: int | None = None
     answer_tokens: int = 0
-    fork_tokens: int = 0
     forks_skipped: int = 0
     ended_by: str | None = None
     reason: str = ""
@@ -125,14 +139,22 @@ class SearchRecord:
     forks: list[ForkRecord] = field(default_factory=list)
     candidates: list[CandidateRecord] = field(default_factory=list)
     decisions: list[DecisionRecord] = field(default_factory=list)
+    late_forks: list[LateFork] = field(default_factory=list)
     ids: TokenIds = field(default_factory=TokenIds, repr=False)
+
+    @property
+    def fork_tokens(self) -> int:
+        """What the forks have generated; one that was told to stop may still add the step it was in."""
+        return sum(fork.tokens for fork in self.forks)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without token ids; tokens and seconds by kind beside the flat fields."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ids"}
+        data["fork_tokens"] = self.fork_tokens
         data["forks"] = [asdict(fork) for fork in self.forks]
         data["candidates"] = [asdict(candidate) for candidate in self.candidates]
         data["decisions"] = [asdict(decision) for decision in self.decisions]
+        data["late_forks"] = [asdict(late) for late in self.late_forks]
         data["tokens"] = {"reasoning": self.reasoning_tokens, "answer": self.answer_tokens, "fork": self.fork_tokens}
         data["seconds"] = {"reasoning": self.reasoning_s, "total": self.wall_s, "evaluation": self.evaluation_s}
         return data

@@ -20,7 +20,11 @@ def _of_a_search(name: str, doc: str, **more: Any) -> type[Closed]:
     """A model with the fields of a SearchRecord but its lists, what ``to_dict`` adds, and `more`."""
     hints = get_type_hints(SearchRecord)
     plain: dict[str, Any] = {one.name: (hints[one.name], ...) for one in fields(SearchRecord) if one.name not in _LISTS}
-    added: dict[str, Any] = {"tokens": (dict[str, int], ...), "seconds": (dict[str, float | None], ...)}
+    added: dict[str, Any] = {
+        "fork_tokens": (int, ...),
+        "tokens": (dict[str, int], ...),
+        "seconds": (dict[str, float | None], ...),
+    }
     return create_model(name, __base__=Closed, __doc__=doc, **plain, **added, **more)
 
 

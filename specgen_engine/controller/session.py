@@ -32,7 +32,7 @@ from specgen_engine.controller.events import (
     TaskChecked,
     VerdictIn,
 )
-from specgen_engine.controller.forking import Forks
+from specgen_engine.controller.forking import ASKED, Forks
 from specgen_engine.controller.graft import graft
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes, Publish, ignore
@@ -195,7 +195,7 @@ class Session:
             case ForkPointDone(asked=asked, inserted=inserted):
                 reasoning = asked - len(self.options.prompt_ids)
                 fired = TriggerFired(
-                    rid=self.rid, trigger="asked", length=asked, reasoning_tokens=reasoning, inserted=inserted
+                    rid=self.rid, trigger=ASKED, length=asked, reasoning_tokens=reasoning, inserted=inserted
                 )
                 self._triggers.append(fired)
                 self._fork_where_due()
@@ -249,6 +249,7 @@ class Session:
             return self._on_base_end(output, finish)
         if self.state is State.REASONING and self._phase_state.phase is Phase.ANSWER and self.options.style.close:
             self.state = State.ANSWERING
+            self._forks.reasoned(self._reasoned())
             self.record.reasoning_s = self._now()
             if self.options.streaming:
                 self._end_competition()
@@ -277,6 +278,8 @@ class Session:
             self._deliver_last(output, "cancelled", str(finish.get("message") or "aborted"))
             return
         self.record.reasoning_s = self.record.reasoning_s or self._now()
+        if self.state is State.REASONING and self._phase_state.phase is Phase.ANSWER and self.options.style.close:
+            self._forks.reasoned(self._reasoned())
         _, answer = split_thinking(self.options.style, self.options.opened, output.text)
         source = extract_candidate(answer if answer is not None else output.text)
         self._forks.stop()
@@ -425,7 +428,6 @@ class Session:
         record.reasoning_s = record.reasoning_s or record.wall_s
         self._count_tokens()
         record.ids.base = array("i", self._base.ids)
-        record.fork_tokens = self._forks.tokens
         for fork in record.forks:
             if fork.state == "running":
                 fork.state = "cancelled"

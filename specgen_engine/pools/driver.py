@@ -12,7 +12,7 @@ from .dispatch import TRIES, Dispatcher, status_text
 from .job import Order, PoolJob, order_of
 from .journal import Recovered
 from .ledger import Search
-from .policy import Admission, Role
+from .policy import Admission, Role, RoleLoad
 from .policy_state import PoolState
 
 START_S = 180.0
@@ -175,13 +175,15 @@ class Driver(Dispatcher):
         self._forget_search(search)
         return len(jobs)
 
-    def admission(
-        self, wanted: int, remaining_s: float, *, compile_s: float = 0.0, generate_s: float = 0.0
-    ) -> Admission:
-        """How many of the forks wanted would be judged while the reasoning still runs; see policy.admit."""
+    def admission(self, wanted: int, remaining_s: float, **fork: float) -> Admission:
+        """How many of the forks wanted would be judged in time; `fork` and the answer as policy.admit has them."""
         if not isinstance(self.state, PoolState):
             return Admission(wanted, 0.0, "")
-        return self.state.admission(wanted, remaining_s, time.monotonic(), compile_s=compile_s, generate_s=generate_s)
+        return self.state.admission(wanted, remaining_s, time.monotonic(), **fork)
+
+    def loads(self) -> tuple[RoleLoad, RoleLoad] | None:
+        """What admission is decided from, for who is asked elsewhere; None under a policy without estimates."""
+        return self.state.loads(time.monotonic()) if isinstance(self.state, PoolState) else None
 
     def snapshot(self) -> dict[str, object]:
         roles, account = self.state.gpu_roles(), self.ledger.account

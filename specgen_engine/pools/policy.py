@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import IntEnum, StrEnum
-from math import ceil, exp
+from math import ceil, exp, isfinite
 from typing import NamedTuple
 
 NEVER = float("-inf")
@@ -125,6 +125,11 @@ class RoleLoad(NamedTuple):
     oldest: float = float("inf")
     coming: int = 0
 
+    @property
+    def running_s(self) -> float:
+        """Expected GPU-seconds left of the jobs at work, which are half done on average."""
+        return 0.5 * self.service_s * (self.gpus - self.idle - self.coming)
+
 
 class Targets(NamedTuple):
     """GPUs that each role should have; they add up to the pool."""
@@ -233,32 +238,54 @@ def should_prepare(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, con
 
 
 class Admission(NamedTuple):
-    """Advice to the controller. forks: how many to make now.  feedback_s: when the first one's verdict is expected."""
+    """Advice to the controller. forks: how many to make now.  feedback_s: when the first one's verdict is expected.
+
+    idle: the pool has GPUs and nothing to do, and nothing is coming.
+    """
 
     forks: int
     feedback_s: float
     reason: str
+    idle: bool = False
 
 
 def admit(
-    wanted: int, remaining_s: float, validate: RoleLoad, profile: RoleLoad, *, compile_s: float, generate_s: float
+    wanted: int,
+    remaining_s: float,
+    validate: RoleLoad,
+    profile: RoleLoad,
+    *,
+    compile_s: float = 0.0,
+    generate_s: float = 0.0,
+    coming: int = 0,
+    grace_s: float = 0.0,
 ) -> Admission:
     """How many of the forks wanted would be judged before the reasoning ends by itself, remaining_s from now.
 
     A fork is generated and compiled while the backlog drains, then it is validated and profiled; each further one waits
-    for the pool to take it. With no GPU in the pool none is admitted.
+    for the pool to take it. It must be written before the reasoning ends, its verdict may come grace_s later.
+    coming: candidates of forks that are being written already.
+    When the end is not known (remaining_s is not finite) all are admitted; else with no GPU in the pool none is.
     """
     gpus = validate.gpus + profile.gpus
-    if gpus == 0:
-        return Admission(0, float("inf"), "no evaluator GPU")
+    waiting = validate.waiting + profile.waiting
+    free = validate.idle + profile.idle
+    idle = 0 < gpus == free and waiting + coming == 0
     service = validate.service_s + profile.service_s
-    backlog = (validate.waiting_s + profile.waiting_s) / gpus
-    first = max(generate_s + compile_s, backlog) + service
-    if first > remaining_s:
-        return Admission(0, first, f"feedback in {first:.1f} s, {remaining_s:.1f} s of reasoning are left")
-    each = service / gpus
-    forks = wanted if each <= 0 else min(wanted, 1 + int((remaining_s - first) / each))
-    return Admission(forks, first, "" if forks == wanted else f"{forks} of {wanted} would be judged in time")
+    backlog = validate.waiting_s + profile.waiting_s + validate.running_s + profile.running_s + coming * service
+    wait = 0.0 if waiting + coming < free else backlog / max(gpus, 1)
+    first = max(generate_s + compile_s, wait) + service if gpus else float("inf")
+    if not isfinite(remaining_s):
+        return Admission(wanted, first, "", idle)
+    if gpus == 0:
+        return Admission(0, first, "no evaluator GPU")
+    if generate_s > remaining_s or first > remaining_s + grace_s:
+        after = f", {grace_s:.1f} s after it count" if grace_s else ""
+        left = f"{remaining_s:.1f} s of reasoning are left{after}"
+        return Admission(0, first, f"written in {generate_s:.1f} s, feedback in {first:.1f} s, {left}", idle)
+    each, spare = service / gpus, remaining_s + grace_s - first
+    forks = wanted if spare >= each * wanted else min(wanted, 1 + int(spare / each))
+    return Admission(forks, first, "" if forks == wanted else f"{forks} of {wanted} would be judged in time", idle)
 
 
 def to_reclaim(gpu: GpuView, need_bytes: int, chunk_bytes: int = 1) -> int:

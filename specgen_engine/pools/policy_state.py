@@ -239,12 +239,13 @@ class PoolState:
             self._coming[role],
         )
 
-    def admission(
-        self, wanted: int, remaining_s: float, now: float, *, compile_s: float, generate_s: float
-    ) -> Admission:
-        """Advice for a search that would make `wanted` forks now (policy.admit)."""
-        loads = self.load(Role.VALIDATE, now), self.load(Role.PROFILE, now)
-        return admit(wanted, remaining_s, *loads, compile_s=compile_s, generate_s=generate_s)
+    def admission(self, wanted: int, remaining_s: float, now: float, **fork: float) -> Admission:
+        """Advice for a search that would make `wanted` forks now. fork: compile_s and so on, as policy.admit."""
+        return admit(wanted, remaining_s, *self.loads(now), **fork)  # type: ignore[arg-type]
+
+    def loads(self, now: float) -> tuple[RoleLoad, RoleLoad]:
+        """Of validating and of profiling."""
+        return self.load(Role.VALIDATE, now), self.load(Role.PROFILE, now)
 
     def starts_per_s(self, now: float) -> float:
         """Jobs that will begin in a second (policy.starts_per_s)."""

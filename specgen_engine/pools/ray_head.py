@@ -23,7 +23,7 @@ from .driver import Driver
 from .job import Order, PoolJob, outcome_text
 from .journal import Journal
 from .metrics import exposition
-from .policy import Admission
+from .policy import RoleLoad
 from .ray_backend import RayBackend, SupervisorOptions
 
 NAMESPACE = "specgen"
@@ -168,8 +168,9 @@ class PoolHead:
     async def check_task(self, task: Task) -> str | None:
         return await self._pool().check_task(task)
 
-    async def admission(self, wanted: int, remaining_s: float, compile_s: float, generate_s: float) -> Admission:
-        return self._pool().admission(wanted, remaining_s, compile_s=compile_s, generate_s=generate_s)
+    async def look(self) -> tuple[dict[str, object], tuple[RoleLoad, RoleLoad] | None]:
+        """(snapshot, what a client decides admission from)."""
+        return await self.snapshot(), self._pool().loads()
 
     async def snapshot(self) -> dict[str, object]:
         pool = self._pool()

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError
 from ..evaluation.base import Candidate, Status, Task, Verdict
 from .base import JobStage
 from .job import JobHandle, order_of, outcome_value
-from .policy import Admission
+from .policy import Admission, RoleLoad, admit
 from .ray_head import NAMESPACE, News, PoolError, find_head
 
 CONNECT_S = 5.0
@@ -72,6 +72,7 @@ class RayPool:
         self._starting = anyio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._snapshot: dict[str, object] = {"device": "ray", "workers": 0, "ready": 0, "queued": 0, "busy": 0}
+        self._loads: tuple[RoleLoad, RoleLoad] | None = None
 
     async def start(self) -> None:
         """Connect, and wait until the head answers. Raises PoolError when the cluster has no pool."""
@@ -79,7 +80,7 @@ class RayPool:
             if self._head is not None:
                 return
             await anyio.to_thread.run_sync(self._connect)
-            self._snapshot = await self._call("snapshot")
+            self._snapshot, self._loads = await self._call("look")
             for work in (self._listen(), self._look()):
                 self._spawn(work)
 
@@ -152,12 +153,11 @@ class RayPool:
             await job.sent.wait()
         await self._call("cancel_search", search)
 
-    async def admission(
-        self, wanted: int, remaining_s: float, *, compile_s: float = 0.0, generate_s: float = 0.0
-    ) -> Admission:
-        await self.start()
-        answer: Admission = await self._call("admission", wanted, remaining_s, compile_s, generate_s)
-        return answer
+    def admission(self, wanted: int, remaining_s: float, **fork: float) -> Admission:
+        """As Driver.admission, from what the head last said (at most SNAPSHOT_S old); before that all are admitted."""
+        if self._loads is None:
+            return Admission(wanted, 0.0, "")
+        return admit(wanted, remaining_s, *self._loads, **fork)  # type: ignore[arg-type]
 
     def snapshot(self) -> dict[str, object]:
         """The head's, at most SNAPSHOT_S old."""
@@ -221,7 +221,7 @@ class RayPool:
 
     async def _look(self) -> None:
         while not self.closing:
-            self._snapshot = await self._call("snapshot")
+            self._snapshot, self._loads = await self._call("look")
             await anyio.sleep(SNAPSHOT_S)
 
     def _spawn(self, work: Any) -> None:

@@ -193,6 +193,11 @@ class Rig:
     def fork(self, number: int, answer: str, finish: str = "stop") -> None:
         self.engine.forks[f"specgen-fork.base.{number}"].put_nowait(output(answer, {"type": finish}))
 
+    async def end_quietly(self) -> None:
+        """However the search stands, the client goes."""
+        self.session.close()
+        await self.end()
+
     async def end(self) -> None:
         try:
             await asyncio.wait_for(self.client, 5)

@@ -10,7 +10,7 @@ import pytest
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Status
 from specgen_engine.protocol import EndSearch, WatchSearch
-from tests.controller.fakes import PROMPT, Rig, module, source
+from tests.controller.fakes import PROMPT, Rig, module, output, source
 
 Body = Callable[[], Awaitable[None]]
 
@@ -162,6 +162,26 @@ def test_equal_candidates_are_evaluated_once() -> None:
         assert candidate.forks == [1, 2]
         rig.pool.judge("same", 1.6)
         await rig.end()
+
+    run(body)
+
+
+def test_a_step_that_comes_after_the_end_is_counted_for_its_fork_and_for_all() -> None:
+    async def body() -> None:
+        rig = Rig()
+        rig.engine.say("reasoning on and on")
+        for at in (10, 15):
+            rig.trigger(at)
+            await rig.settle()
+        rig.fork(1, module("fast"))
+        await rig.settle()
+        rig.engine.forks["specgen-fork.base.2"].put_nowait(output("12345"))
+        rig.pool.judge("fast", 2.0)
+        await rig.end()
+        record = rig.session.record
+        assert record.forks[1].tokens >= 5
+        report = record.to_dict()
+        assert report["tokens"]["fork"] == report["fork_tokens"] == sum(fork.tokens for fork in record.forks)
 
     run(body)
 

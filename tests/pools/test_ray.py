@@ -167,7 +167,8 @@ async def bad_jobs(cluster: Cluster) -> None:
     served = [one.submit(TASK, Candidate("x = 1"), search="same name") for one in (pool, other)]
     assert [(await job.verdict()).status for job in served] == [Status.COMPILE_ERROR] * 2
     assert b"specgen_pool_gpu_busy_share" in await ray_head.find_head().metrics.remote()
-    assert (await pool.admission(4, 1e6)).forks == 4
+    assert (pool.admission(4, 1e6).forks, pool.admission(4, 0.0, generate_s=1.0).forks) == (4, 0)
+    assert RayPool(None).admission(4, 0.0, generate_s=1.0).forks == 4, "nothing is known before the head was heard"
     await other.close()
     await pool.close()
 
