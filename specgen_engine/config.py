@@ -141,7 +141,10 @@ class SpecGenConfig(Section):
         "auto", description="how the model marks its reasoning: auto, a style's name, or OPEN...CLOSE"
     )
     grace_s: float = Field(
-        30, ge=0, description="seconds that verdicts are awaited once the base has answered by itself"
+        30,
+        ge=0,
+        description="seconds that verdicts are awaited once the base has answered by itself, and ten times as many more "
+        "for the verdict on that answer",
     )
     fork: ForkConfig = Field(default_factory=ForkConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

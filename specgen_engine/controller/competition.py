@@ -97,9 +97,9 @@ class Competition:
         top = best(self.scored)
         return self.candidates[top.hash] if top else None
 
-    def own_alone(self) -> bool:
-        """Only the base's own answer is left to judge: nothing competes with it, so its verdict is waited for."""
-        return self.own is not None and set(self.jobs) == {self.own.hash} and len(self.candidates) == 1
+    def awaits_own(self) -> bool:
+        """The base's own answer is still to be judged."""
+        return self.own is not None and self.own.hash in self.jobs
 
     def beats_own_answer(self, winner: CandidateRecord) -> bool:
         """An answer without a verdict is only replaced by a kernel that is known to be faster than the reference."""
@@ -108,9 +108,10 @@ class Competition:
         unknown = self.own is not None and self.own.status is None
         return not unknown or (winner.speedup or 0.0) > 1.0
 
-    def cancel(self) -> None:
-        for job in self.jobs.values():
-            job.cancel()
+    def cancel(self, keep_own: bool = False) -> None:
+        for name, job in self.jobs.items():
+            if not (keep_own and self.own is not None and name == self.own.hash):
+                job.cancel()
 
     def close(self) -> None:
         """Whoever has no verdict yet gets none."""

@@ -56,6 +56,8 @@ from specgen_engine.protocol import (
 logger = logging.getLogger(__name__)
 DISCONNECT_POLL_S = 1.0
 CLEAN_UP_S = 10.0
+# Graces more for the base's own verdict; by default 300 s, the limits of one evaluation together.
+OWN_GRACES = 10
 
 
 class Session:
@@ -96,6 +98,7 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
         self._grace: asyncio.TimerHandle | None = None
+        self._graces = 0
 
     # ---- the client's side
 
@@ -206,8 +209,7 @@ class Session:
             case TaskChecked(problem):
                 self._on_task(problem)
             case GraceOver():
-                if not self._competition.own_alone():
-                    self._conclude()
+                self._on_grace_over()
             case BaseFailed(error):
                 raise error
         self.record.state = self.state.value
@@ -289,8 +291,21 @@ class Session:
         if source is not None and (self.plan.named or not self.options.streaming):
             self._submit(source, "base", None, "final" if self.script is not None else None)
         self.state = State.COMPETING
-        self._grace = asyncio.get_running_loop().call_later(self.options.grace_s, self._events.put_nowait, GraceOver())
+        self._start_grace(self.options.grace_s)
         self._conclude_when_idle()
+
+    def _start_grace(self, seconds: float) -> None:
+        self._graces += 1
+        self._grace = asyncio.get_running_loop().call_later(seconds, self._events.put_nowait, GraceOver())
+
+    def _on_grace_over(self) -> None:
+        """Other candidates are given up; the base's own verdict, which says what its answer is worth, gets more time,
+        unless a kernel that is known to be faster replaces the answer."""
+        if self._graces > 1 or self._winner() is not None or not self._competition.awaits_own():
+            self._conclude()
+            return
+        self._competition.cancel(keep_own=True)
+        self._start_grace(OWN_GRACES * self.options.grace_s)
 
     def _conclude_when_idle(self) -> None:
         if not self._competition.jobs and self._checked:
@@ -300,8 +315,8 @@ class Session:
         """The base has answered by itself: the best correct candidate wins, unless its answer was streamed already."""
         if self.state is not State.COMPETING:
             return
-        winner, own = self._competition.leader(), self._competition.own
-        if not self.options.streaming and winner is not None and self._competition.beats_own_answer(winner):
+        winner, own = self._winner(), self._competition.own
+        if winner is not None:
             self._accept(
                 Decision(winner.hash, f"better than the base's own answer, {winner.speedup:.3g}x"), "reasoning"
             )
@@ -310,6 +325,12 @@ class Session:
             self.record.accepted = summary_of(own)
         self._checked = True
         self._deliver_last(None if self.options.streaming else self._base, "reasoning", "the base answered by itself")
+
+    def _winner(self) -> CandidateRecord | None:
+        """The candidate that would replace the base's own answer as things stand."""
+        leader = self._competition.leader()
+        beaten = leader is not None and not self.options.streaming and self._competition.beats_own_answer(leader)
+        return leader if beaten else None
 
     def _deliver_last(self, output: Output | None, ended_by: str, reason: str) -> None:
         self._checked = True

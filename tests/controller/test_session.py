@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from specgen_engine.controller.session import OWN_GRACES
 from specgen_engine.errors import RequestError
-from specgen_engine.evaluation.base import Status
+from specgen_engine.evaluation.base import Candidate, Status
 from specgen_engine.protocol import EndSearch, WatchSearch
 from tests.controller.fakes import PROMPT, Rig, module, output, source
 
@@ -106,6 +107,43 @@ def test_an_unjudged_own_answer_falls_only_to_a_kernel_faster_than_the_reference
         assert (source("fork") in rig.got[-1].text) is wins
         own = next(c for c in rig.session.record.candidates if c.source == "base")
         assert own.status is Status.CANCELLED
+
+    run(body)
+
+
+@pytest.mark.parametrize("other", [None, Status.WRONG, 0.5], ids=["unfinished", "wrong", "slow"])
+def test_after_the_grace_the_bases_own_verdict_is_awaited_without_the_others(other: Status | float | None) -> None:
+    async def body() -> None:
+        rig = Rig(termination="none", grace_s=0.05)
+        rig.engine.say("reasoning on")
+        rig.trigger(10)
+        await rig.settle()
+        rig.fork(1, module("fork"))
+        await rig.settle()
+        if other is not None:
+            rig.pool.judge("fork", None if other is Status.WRONG else 0.5)
+        rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
+        await asyncio.sleep(0.15)
+        assert rig.session.record.ended_by is None
+        assert Candidate(source("fork")).hash not in rig.session._competition.jobs
+        rig.pool.judge("own", 1.2)
+        await rig.end()
+        assert rig.got[-1].text.endswith(module("own"))
+        accepted = rig.session.record.accepted
+        assert accepted is not None
+        assert (accepted["source"], accepted["speedup"]) == ("base", 1.2)
+
+    run(body)
+
+
+def test_the_bases_own_verdict_is_not_awaited_for_ever() -> None:
+    async def body() -> None:
+        rig = Rig(termination="none", grace_s=0.02)
+        rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
+        await rig.end()
+        assert rig.session.record.accepted is None
+        assert rig.session.record.wall_s >= OWN_GRACES * 0.02
+        assert rig.got[-1].text.endswith(module("own"))
 
     run(body)
 
