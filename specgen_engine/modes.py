@@ -52,7 +52,7 @@ MODES: tuple[Mode, ...] = (
     Mode("overlap scheduling, on and off", "--disable-overlap-schedule", "works", "tests/engine/test_fork_kv.py"),
     Mode("chunked prefill", "--chunked-prefill-size", "works", "tests/engine/test_fork_kv.py"),
     Mode("LoRA", "--enable-lora, --lora-paths", "works",
-         "forks are sent under their base's adapter; its test in tests/engine/test_modes.py has not run through yet"),
+         "tests/engine/test_modes.py: forks are sent under their base's adapter"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",

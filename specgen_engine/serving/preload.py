@@ -42,6 +42,9 @@ IMPORTS = (
 )
 IMPORT_FOLDERS = ("sglang.srt.multimodal.processors", "sglang.srt.function_call", "sglang.srt.parser")
 
+# Modules that ask for pinned host memory, which torch has not without a GPU's driver.
+PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
+
 
 class Template:
     """The template process; `start` forks one server. Close it (or leave its `with`) when no server is needed any more.
@@ -115,6 +118,27 @@ def _import_all() -> None:
                 print(f"preload: {module.name}: {error}", flush=True)
 
 
+def _pin_nothing() -> None:
+    """SGLang's LoRA copies to the device from pinned memory, on the CPU engine too: there it gets ordinary memory."""
+    import torch
+
+    class Unpinned:
+        """torch, as far as these modules use it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def tensor(self, *args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+            return torch.tensor(*args, **options)
+
+        def zeros(self, *args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+            return torch.zeros(*args, **options)
+
+    for name in PINNING:
+        vars(importlib.import_module(name))["torch"] = Unpinned()
+    torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment,misc]
+
+
 def _serve_orders(control: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with control.makefile("rw", encoding="utf-8") as lines:
@@ -174,4 +198,5 @@ def _launch(arguments: list[str]) -> None:
 if __name__ == "__main__":
     control = socket.socket(fileno=int(sys.argv[1]))
     _import_all()
+    _pin_nothing()
     _serve_orders(control)

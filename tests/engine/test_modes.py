@@ -28,6 +28,7 @@ BASE_TOKENS = 56
 
 def forks_match_a_flushed_cache(client: Client, **options: Any) -> int:
     """Every fork's tokens equal those of the same input computed anew; returns how many were compared."""
+    client.chat("warm", SEARCH, max_tokens=4, **options)  # the first search waits for the pool, its base does not
     with ThreadPoolExecutor(len(PROMPTS)) as threads:
         answers = list(
             threads.map(lambda prompt: client.chat(prompt, SEARCH, max_tokens=BASE_TOKENS, **options), PROMPTS)
@@ -115,15 +116,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter of rank 4 for the tiny model, strong enough to change its tokens."""
     folder = tmp_path_factory.mktemp("adapter")
     config = json.loads((tiny_model() / "config.json").read_text())
-    hidden, rows = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    hidden, head = config["hidden_size"], config["head_dim"]
+    # SGLang stacks the three into one qkv_proj: an adapter of q_proj alone does not load.
+    rows = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    rows["v_proj"] = rows["k_proj"]
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        weights[f"{name}.lora_A.weight"] = torch.randn(4, hidden, generator=generator)
-        weights[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+        for module, heads in rows.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(4, hidden, generator=generator)
+            weights[f"{name}.lora_B.weight"] = torch.randn(heads * head, 4, generator=generator)
     save_file(weights, folder / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "target_modules": ["q_proj"], "bias": "none"}
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "target_modules": list(rows), "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(described))
     return folder
 
