@@ -163,15 +163,15 @@ class Driver(Dispatcher):
         fault: str | None = await job.outcome()
         return fault
 
-    def cancel_search(self, search: str) -> int:
-        """Cancel queued and running jobs of a search that is over; returns how many."""
+    def cancel_search(self, search: str, why: str = "cancelled") -> int:
+        """Cancel queued and running jobs of a search that is over, with that reason; returns how many."""
         known = self.ledger.searches.get(search)
         if known is None:
             return 0
         jobs = self.ledger.of_search(search)
         known.ended = True
         for job in jobs:
-            self.cancel(job)
+            self.cancel(job, why)
         self._forget_search(search)
         return len(jobs)
 

@@ -240,7 +240,7 @@ class RayBackend:
     async def close(self) -> None:
         self.closing = True
         units = list(self.units.values())
-        closing = [asyncio.ensure_future(_quietly(unit.actor.close.remote())) for unit in units]
+        closing = [asyncio.ensure_future(quietly(unit.actor.close.remote())) for unit in units]
         if closing:
             await asyncio.wait(closing, timeout=10)
         for unit in units:
@@ -255,7 +255,7 @@ class RayBackend:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _quietly(reference: Any) -> None:
+async def quietly(reference: Any) -> None:
     try:
         await reference
     except RayError:

@@ -2,11 +2,16 @@
 
 It is restarted when it dies; its journal says what was open. A client is told what became of its jobs in batches, from
 the last that it has seen on, so that neither a lost message nor a restart hides an outcome or shows one twice.
+
+A client whose process dies is let go within seconds: it owns a reference that dies with it. One whose host is lost, or
+that died before this life of the head, is let go once it has been silent for GONE_S. A server that is started again is
+a new client: the requests of the old one ended with it, and nobody waits for their jobs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from pathlib import Path
@@ -14,7 +19,7 @@ from typing import Any, NamedTuple
 
 import anyio
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OwnerDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import SpecGenError
@@ -32,6 +37,8 @@ HOLD_S = 20.0
 """How long a client's question for news is held open without any."""
 GONE_S = 60.0
 """A client that has asked for nothing so long is taken for dead."""
+LOOK_S = 5.0
+"""How often the head looks for such clients."""
 FORGET_S = 7 * 86_400.0
 
 
@@ -48,9 +55,14 @@ class News(NamedTuple):
 
 
 class _Client:
-    """What one client has still to be told. first: number of the first piece of news kept."""
+    """What one client has still to be told. first: number of the first piece of news kept.
 
-    def __init__(self) -> None:
+    life: another one for a client that was let go and comes back, which asks then what became of its jobs.
+    """
+
+    def __init__(self, life: str) -> None:
+        self.life = life
+        self.gone = anyio.Event()
         self.first = 0
         self.news: list[News] = []
         self.more = anyio.Event()
@@ -70,6 +82,7 @@ class PoolHead:
         self._journal, self._options = journal, options
         self._driver: Driver | None = None
         self._clients: dict[str, _Client] = {}
+        self._lives = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
@@ -85,10 +98,19 @@ class PoolHead:
             driver.resume(retry=True)
             driver.start_soon()
             self._driver = driver
+            for search in driver.ledger.searches:
+                self._client(_owner(search))
             self._spawn(self._let_go())
         return self._driver
 
+    def _client(self, name: str) -> _Client:
+        pool = self._pool()
+        if name not in self._clients:
+            self._clients[name] = _Client(f"{pool.life}/{next(self._lives)}")
+        return self._clients[name]
+
     async def open_search(self, search: str, weight: float = 1.0) -> None:
+        self._client(_owner(search))
         known = self._pool().ledger.searches.get(search)
         if known is None or known.ended:
             self._pool().open_search(search, weight)
@@ -107,7 +129,7 @@ class PoolHead:
 
     async def follow(self, client: str, jobs: list[str]) -> list[str]:
         """Tell the client of these jobs from now on; returns those that nobody knows here."""
-        pool, one = self._pool(), self._clients.setdefault(client, _Client())
+        pool, one = self._pool(), self._client(client)
         unknown = []
         for name in jobs:
             if name in one.followed:
@@ -130,17 +152,16 @@ class PoolHead:
 
     async def news(self, client: str, life: str, after: int) -> tuple[str, int, list[News]]:
         """(this life, number of the first, news). life, after: which life the client knows, how much it had of it."""
-        own, one = self._pool().life, self._clients.setdefault(client, _Client())
+        one = self._client(client)
         one.asked = time.monotonic()
-        if life != own:
-            return own, 0, list(one.news)
+        if life != one.life:
+            return one.life, one.first, list(one.news)
         del one.news[: max(0, after - one.first)]
         one.first = max(one.first, after)
         if not one.news:
             with anyio.move_on_after(HOLD_S):
                 await one.more.wait()
-        one.asked = time.monotonic()
-        return own, one.first, list(one.news)
+        return one.life, one.first, list(one.news)
 
     async def cancel(self, job: str) -> None:
         live = self._pool().ledger.jobs.get(job)
@@ -150,20 +171,40 @@ class PoolHead:
     async def cancel_search(self, search: str) -> int:
         return self._pool().cancel_search(search)
 
-    async def leave(self, client: str) -> None:
-        """A client that closes in order: its jobs end, its news are dropped."""
+    async def stay(self, client: str) -> None:
+        """Runs until the client is let go: its reference to this call is what watch() is given."""
+        await self._client(client).gone.wait()
+
+    async def watch(self, client: str, stays: list[Any]) -> None:
+        """Let the client go when its process dies. stays: its reference to stay(); Ray waits for it outside a list."""
+        self._spawn(self._watch(client, self._client(client), stays[0]))
+
+    async def _watch(self, name: str, client: _Client, stay: Any) -> None:
+        try:
+            await stay
+        except OwnerDiedError:
+            if self._clients.get(name) is client:
+                await self.leave(name, "the server that asked for it has died")
+        except RayError:
+            pass
+
+    async def leave(self, client: str, why: str = "cancelled") -> None:
+        """A client that closes in order, or has died: its jobs end, its news are dropped."""
         pool = self._pool()
-        for search in [name for name in pool.ledger.searches if name.startswith(f"{client}/")]:
-            pool.cancel_search(search)
-        self._clients.pop(client, None)
+        for search in [name for name in pool.ledger.searches if _owner(name) == client]:
+            pool.cancel_search(search, why)
+        one = self._clients.pop(client, None)
+        if one is not None:
+            one.gone.set()
 
     async def _let_go(self) -> None:
         """Clients that ask for nothing any more have died: nobody waits for their jobs."""
         while True:
-            await anyio.sleep(HOLD_S)
+            await anyio.sleep(LOOK_S)
             for name, client in list(self._clients.items()):
-                if time.monotonic() - client.asked > GONE_S:
-                    await self.leave(name)
+                silent_s = time.monotonic() - client.asked
+                if silent_s > GONE_S:
+                    await self.leave(name, f"the server that asked for it has been silent for {silent_s:.0f} s")
 
     async def check_task(self, task: Task) -> str | None:
         return await self._pool().check_task(task)
@@ -191,6 +232,11 @@ class PoolHead:
         task.add_done_callback(self._tasks.discard)
 
 
+def _owner(search: str) -> str:
+    """The client that named it."""
+    return search.partition("/")[0]
+
+
 def start_head(journal: Path | None, options: SupervisorOptions) -> Any:
     """The cluster's pool: the one that is there, or a new one on this node. Raises PoolError when it can't start."""
     node = ray.get_runtime_context().get_node_id()
@@ -199,7 +245,7 @@ def start_head(journal: Path | None, options: SupervisorOptions) -> Any:
         ray.remote(PoolHead)
         .options(
             name=HEAD, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1,
-            max_task_retries=0, max_concurrency=256, scheduling_strategy=here,
+            max_task_retries=0, max_concurrency=512, scheduling_strategy=here,
         )
         .remote(journal, options)
     )  # fmt: skip

@@ -20,6 +20,7 @@ from ..evaluation.base import Candidate, Status, Task, Verdict
 from .base import JobStage
 from .job import JobHandle, order_of, outcome_value
 from .policy import Admission, RoleLoad, admit
+from .ray_backend import quietly
 from .ray_head import NAMESPACE, News, PoolError, find_head
 
 CONNECT_S = 5.0
@@ -57,6 +58,7 @@ class RayJob(JobHandle):
 class RayPool:
     """See Pool. address: HOST:PORT of the cluster, as `specgen evaluator` prints it; None: Ray is connected already.
 
+    When this process dies the head cancels its jobs; one that takes its place begins anew.
     Raises PoolError when nothing answers at the address (at once, nothing is started).
     """
 
@@ -81,6 +83,7 @@ class RayPool:
                 return
             await anyio.to_thread.run_sync(self._connect)
             self._snapshot, self._loads = await self._call("look")
+            await self._introduce()
             for work in (self._listen(), self._look()):
                 self._spawn(work)
 
@@ -193,27 +196,34 @@ class RayPool:
                     raise PoolError(f"the pool's head is gone: {error}") from None
                 await anyio.sleep(AGAIN_S)
 
+    async def _introduce(self) -> None:
+        """Give the head something that dies with this process, by which it notices."""
+        stay = self._head.stay.remote(self.name)
+        self._spawn(quietly(stay))  # which keeps it alive
+        await self._call("watch", self.name, [stay])
+
     async def _listen(self) -> None:
         life, had = "", 0
         while not self.closing:
             try:
                 said, first, news = await self._call("news", self.name, life, had)
+                if said != life:  # its first life, or a new one that knows nobody
+                    life, first_time, had = said, not life, 0
+                    if not first_time:
+                        await self._again()
+                        continue
             except (PoolError, RayError) as error:
                 for job in list(self.open_jobs.values()):
                     job.finish(job.failed(Status.CRASH, str(error)))
                 return
-            if said != life:  # its first life, or a new one that knows nobody
-                life, first_time, had = said, not life, 0
-                if not first_time:
-                    await self._again()
-                    continue
             for number, one in enumerate(news, first):
                 if number >= had and one.job in self.open_jobs:
                     self.open_jobs[one.job].hear(one)
             had = max(had, first + len(news))
 
     async def _again(self) -> None:
-        """After a restart of the head: ask for the outcomes of what is open, submit what it never heard of."""
+        """A head that was restarted, or let this client go: ask what became of what is open, submit what it lacks."""
+        await self._introduce()
         sent = [name for name, job in self.open_jobs.items() if job.sent.is_set()]
         for name in await self._call("follow", self.name, sent):
             if name in self.open_jobs:

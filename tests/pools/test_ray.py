@@ -1,4 +1,7 @@
-"""The burst on a Ray cluster of two loopback nodes; workers, supervisors, a node and the head are killed meanwhile."""
+"""The burst on a Ray cluster of two loopback nodes; workers, supervisors, a node and the head are killed meanwhile.
+
+Then a server is killed and started again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +21,7 @@ import pytest
 
 from specgen_engine.evaluation.base import Candidate, Status
 from tests.pools.burst import LIMITS, TASK, burst
+from tests.pools.ray_server import SLEEP_S, sleeper
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -167,10 +172,57 @@ async def bad_jobs(cluster: Cluster) -> None:
     served = [one.submit(TASK, Candidate("x = 1"), search="same name") for one in (pool, other)]
     assert [(await job.verdict()).status for job in served] == [Status.COMPILE_ERROR] * 2
     assert b"specgen_pool_gpu_busy_share" in await ray_head.find_head().metrics.remote()
-    assert (pool.admission(4, 1e6).forks, pool.admission(4, 0.0, generate_s=1.0).forks) == (4, 0)
+    await when(lambda: pool.admission(4, 1e6).forks == 4, 10.0)  # its last look may be of before the first evaluator
+    assert pool.admission(4, 0.0, generate_s=1.0).forks == 0
     assert RayPool(None).admission(4, 0.0, generate_s=1.0).forks == 4, "nothing is known before the head was heard"
+    await ray_head.find_head().leave.remote("nobody")
     await other.close()
     await pool.close()
+
+
+@pytest.mark.timeout(290)
+def test_a_server_that_is_killed_and_started_again_finds_the_pool_free_within_seconds(cluster: Cluster) -> None:
+    asyncio.run(killed_server(cluster))
+
+
+async def killed_server(cluster: Cluster) -> None:
+    count, root = 30, str(Path(__file__).parents[2])
+    watcher = RayPool(None)
+    await watcher.start()
+    assert await watcher.check_task(TASK) is None
+    await when(lambda: watcher.snapshot()["ready"] >= 1)
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.pools.ray_server", cluster.address, str(count),
+        cwd=root, stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert server.stdout is not None
+    said, name = (await server.stdout.readline()).decode().split()
+    assert said == "submitted"
+    await when(lambda: watcher.snapshot()["busy"] >= 1)
+    server.kill()
+    await server.wait()
+    killed = time.monotonic()
+    await when(lambda: (watcher.snapshot()["queued"], watcher.snapshot()["busy"]) == (0, 0))
+    free_s = time.monotonic() - killed
+    print(f"the pool was free {free_s:.1f} s after the kill; {count} jobs of {SLEEP_S} s had been there")
+    assert free_s < 30 < count * SLEEP_S / 2 - 2 * SLEEP_S
+    again = RayPool(None)
+    assert (await again.submit(TASK, sleeper(count, 0.0), search="s").verdict()).status is Status.WRONG
+    await when(lambda: watcher.snapshot()["clients"] == 2, 10.0)
+    check_cancelled(cluster.journal, [f"{name}/{number}" for number in range(count)])
+    await again.close()
+    await watcher.close()
+
+
+def check_cancelled(path: Path, jobs: list[str]) -> None:
+    from specgen_engine.pools.job import outcome_value
+    from specgen_engine.pools.journal import Journal
+
+    with Journal(path) as journal:
+        verdicts = [outcome_value(str(journal.entry(job).outcome)) for job in jobs]
+    assert {verdict.status for verdict in verdicts} <= {Status.CANCELLED, Status.WRONG}
+    reasons = [verdict.reason for verdict in verdicts if verdict.status is Status.CANCELLED]
+    assert reasons.count("the server that asked for it has died") >= len(jobs) - 6, reasons
 
 
 @pytest.mark.parametrize(
