@@ -6,6 +6,7 @@ GPU's work last. Candidates whose search ended before their verdict are not in i
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,6 +63,31 @@ def shares(rows: Sequence[Row], evaluators: int) -> dict[str, float | None]:
         "busy_while_waiting": worked / (evaluators * waited) if waited else None,
         "waiting_s": waited,
     }
+
+
+def over_time(rows: Sequence[Row], evaluators: int, step_s: float) -> tuple[list[float], list[float]]:
+    """Shares (held, busy) of the evaluators' time in each step from the first search's start to the last one's end.
+
+    Of the phase with most rows: a phase that was gone on with later says little about its course. Raises ValueError
+    for a step of zero seconds or less.
+    """
+    if step_s <= 0:
+        raise ValueError(f"step_s {step_s}: needs more than 0")
+    phases = [row.get("phase", 0) for row in rows]
+    mine = [row for row in rows if row.get("phase", 0) == max(phases, key=phases.count)]
+    if not mine:
+        return [], []
+    begin, end = min(row["began_s"] for row in mine), max(row["began_s"] + row["client_s"] for row in mine)
+    steps = [Span(at, at + step_s) for at in (begin + n * step_s for n in range(math.ceil((end - begin) / step_s)))]
+    busy, hold, _ = _by_device(mine)
+    return _course(hold, steps, evaluators), _course(busy, steps, evaluators)
+
+
+def _course(by_device: Mapping[str, Sequence[Span]], steps: Sequence[Span], evaluators: int) -> list[float]:
+    return [
+        sum(common(spans, [step]) for spans in by_device.values()) / (evaluators * (step.end - step.start))
+        for step in steps
+    ]
 
 
 def _by_device(rows: Sequence[Row]) -> tuple[dict[str, list[Span]], dict[str, list[Span]], list[Span]]:

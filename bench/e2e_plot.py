@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.e2e_configurations import SEQUENTIAL
+from bench.e2e_evaluators import over_time
 from bench.e2e_report import SHARES, label
 
+USE_STEP_S = 2.0
 COLOURS = {"correct": "tab:green", "wrong": "tab:red"}
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Top: timelines of sequential and specgen; below: best-so-far by time, gain and evaluator use by configuration."""
+    """Top: timelines of sequential and specgen, and evaluators over time; below: best-so-far and gain."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,9 +29,12 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     )
     height = 2.5 + 0.28 * len(shown)
     figure, axes = pyplot.subplot_mosaic(
-        [["timeline", "timeline"], ["curve", "gain"]], figsize=(13, height + 4.2), height_ratios=[height, 4.2]
+        [["timeline", "timeline"], ["use", "use"], ["curve", "gain"]],
+        figsize=(13, height + 6.8),
+        height_ratios=[height, 2.6, 4.2],
     )
     _timelines(axes["timeline"], shown)
+    _use(axes["use"], shown, report["evaluators"])
     _curves(axes["curve"], lines)
     _bars(axes["gain"], lines)
     figure.tight_layout()
@@ -57,6 +62,16 @@ def _timelines(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(row["client_s"], height, marker="|", color="black", markersize=11)
     axes.set_yticks(range(len(rows)), [f"{label(row)}, {row['configuration']}" for row in rows], fontsize=8)
     axes.set(xlabel="seconds (blue: reasoning, grey: answer and verdict, orange: forks, green and red: evaluations)")
+
+
+def _use(axes: Any, rows: Sequence[Mapping[str, Any]], evaluators: int) -> None:
+    for name, colour in ((SEQUENTIAL, "tab:blue"), ("specgen", "tab:orange")):
+        mine = [row for row in rows if row["configuration"] == name]
+        for share, style in zip(over_time(mine, evaluators, USE_STEP_S), ("--", "-"), strict=True):
+            axes.step([n * USE_STEP_S for n in range(len(share))], share, style, where="post", color=colour)
+            axes.lines[-1].set_label(f"{name}, {'GPU work' if style == '-' else 'with compiling'}")
+    axes.set(xlabel="seconds", ylabel="evaluators in use", ylim=(0, 1.05))
+    axes.legend(fontsize=7)
 
 
 def _curves(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:

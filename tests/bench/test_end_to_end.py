@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from bench import e2e_budget, e2e_evaluators, e2e_report, e2e_runs, e2e_table, end_to_end
+from bench import e2e_budget, e2e_evaluators, e2e_plot, e2e_report, e2e_runs, e2e_table, end_to_end
 from bench.e2e_configurations import CONFIGURATIONS, chosen, server_arguments, workers_of
 from bench.e2e_searches import tokens_at_verdicts
 from bench.e2e_servers import Gpus, Setup, host_size, server
 from specgen_engine.errors import SpecGenError
+from specgen_engine.pools.base import busy_seconds
 from specgen_engine.replay.trace import BUNDLED
 
 
@@ -25,7 +26,8 @@ def candidate(name: str, speedup: float | None, verdict_s: float, order: int, fo
 
 
 def fork(n: int, tokens: int, of: str | None) -> dict[str, Any]:
-    return {"n": n, "tokens": tokens, "candidate": of, "prefix_reused": 90, "prefix_computed": 10}
+    times = {"started_s": float(n), "finished_s": n + 2.0}
+    return {"n": n, "tokens": tokens, "candidate": of, "prefix_reused": 90, "prefix_computed": 10, **times}
 
 
 ALONE: dict[str, Any] = {
@@ -144,6 +146,30 @@ def test_evaluators_are_busy_while_a_candidate_waits() -> None:
     assert found["waiting_s"] == pytest.approx(1.5)
     assert found["busy_while_waiting"] == pytest.approx(0.5 / 1.5)
     assert found["held"] == pytest.approx((11.5 - 8.5) / 20.0)
+
+
+def test_evaluators_over_time_of_the_longest_phase() -> None:
+    """Held from 8.5 s to 10 s, on the GPU from 9 s, by one of two evaluators."""
+    one = candidate("a", 2.0, 10.0, 0, [])
+    row = {**ALONE, "began_s": 100.0, "client_s": 11.0, "phase": 2, "candidates": [one]}
+    earlier = {**row, "phase": 1, "client_s": 500.0}
+    held, busy = e2e_evaluators.over_time([earlier, row, {**row, "candidates": []}], 2, 2.0)
+    begin, work = one["verdict_s"] - one["submitted_s"] - one["stages"].get("queued", 0.0), busy_seconds(one["stages"])
+    assert len(held) == len(busy) == 6
+    assert sum(held) * 2 * 2.0 == pytest.approx(begin)
+    assert sum(busy) * 2 * 2.0 == pytest.approx(work)
+    assert busy[:4] == [0.0] * 4
+    assert busy[4] > 0
+    assert e2e_evaluators.over_time([], 2, 2.0) == ([], [])
+    with pytest.raises(ValueError, match="step_s 0"):
+        e2e_evaluators.over_time([row], 2, 0)
+
+
+def test_the_figure_is_drawn_from_a_report(tmp_path: Path) -> None:
+    lines = e2e_report.summarise([ALONE, FORKED], [], 1, 1.5)
+    e2e_plot.plot({"rows": [ALONE, FORKED], "summary": lines, "seed": 0, "evaluators": 1}, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["f.png"]
 
 
 def test_a_reasoning_that_cannot_end_in_time_is_left_out() -> None:
