@@ -9,6 +9,7 @@ from typing import Any
 
 from .base import Candidate, Status, Task
 from .buildcache import BuildFolder, remember_hang, remembered_hang
+from .children import Child
 from .gpulock import gpu_turn
 from .guards import Guard, parse_guards
 from .spending import Spending
@@ -16,6 +17,7 @@ from .worker import Ended, Worker
 
 TIMING_SLOTS = 2
 ACQUITTALS = 4
+LOADING, CONSTRUCTING = "loading the reference", "constructing ModelNew"
 
 
 class Checked(Spending):
@@ -27,7 +29,7 @@ class Checked(Spending):
     def __init__(self, worker: Worker, request: dict[str, Any], held: ExitStack) -> None:
         super().__init__(lambda stage: worker.link.send({"job": self.job, "stage": stage}), request.get("arrived"))
         self.held, self.turn, self.has_turn = held, ExitStack(), False
-        self.import_s = 0.0
+        self.imported_at, self.constructed = 0.0, False
         self.worker, self.limits, self.job = worker, worker.limits, str(request["job"])
         self.task = Task(**request["task"])
         self.candidate = Candidate(request["candidate"])
@@ -58,7 +60,10 @@ class Checked(Spending):
     # -- compile ---------------------------------------------------------------------------------------------------
 
     def _compile(self, regions: tuple[int, ...], build: BuildFolder) -> None:
-        """On the host the judge prepares inputs meanwhile; on a GPU it waits until the GPU is this evaluation's."""
+        """The judge loads the task and builds its model while the candidate is imported and constructed.
+
+        On the host it prepares inputs meanwhile too; on a GPU it waits until the GPU is this evaluation's.
+        """
         worker = self.worker
         worker.stage = "import"
         with self.step("fork"):
@@ -70,45 +75,87 @@ class Checked(Spending):
         else:
             self._begin(regions)
             with self.own():
-                worker.reply(self.child, self.limits.compile_s, "importing the module")
-        worker.stage = "construct"
+                self._imported()
         with self.step("inputs"):
-            begun = self._judge_reply("loading the reference")
-            while begun.get("event") != "begun":
-                begun = self._judge_reply("loading the reference")
+            begun = self._judge_says("begun")
         with self.step("open"):
             worker.ask(self.child, {"op": "open", "sizes": begun["sizes"]}, tuple(self.judge.fds))
             self.judge.close_fds()
             worker.reply(self.child, self.limits.check_s, "making a CUDA context")
+        if not self.constructed:
+            self._construct(begun)
         with self.own():
-            said = {key: begun[key] for key in ("init", "weights", "seed")}
-            worker.ask(self.child, {"op": "construct"} | said)
-            worker.reply(self.child, self.limits.compile_s, "constructing ModelNew")
+            worker.ask(self.child, {"op": "weights", "weights": begun["weights"]})
+            worker.reply(self.child, self.limits.compile_s, CONSTRUCTING)
+
+    def _imported(self) -> None:
+        self.worker.reply(self.child, self.limits.compile_s, "importing the module")
+        self.imported_at = self.child.heard
+        self.worker.stage = "construct"
+
+    def _construct(self, said: dict[str, Any]) -> None:
+        with self.own():
+            self.worker.ask(self.child, {"op": "construct", "init": said["init"], "seed": said["seed"]})
+            self.worker.reply(self.child, self.limits.compile_s, CONSTRUCTING)
+        self.constructed = True
+
+    def _judge_says(self, event: str) -> dict[str, Any]:
+        """The judge's message of this kind. A candidate that is imported before the model is built is constructed
+        meanwhile; where its arguments are tensors, only once they are laid out for it."""
+        said = self._judge_reply(LOADING)
+        while said["event"] != event:
+            if said["event"] == "loaded" and said["init"] is not None:
+                sooner = {} if self.imported_at else self._judge_reply(LOADING, unless=self.child)
+                if sooner:
+                    said = sooner
+                    continue
+                self._construct_early(said)
+            said = self._judge_reply(LOADING)
+        return said
+
+    def _construct_early(self, said: dict[str, Any]) -> None:
+        """On a GPU within this evaluation's turn: a constructor may use it."""
+        if self.worker.on_gpu:
+            self._imported()
+            self._take_gpu(self.turn)
+            self._keep_turn(self.turn)
+        self._construct(said)
 
     def _import_on_gpu(self) -> None:
         """While the module is imported, the judge gets its place on the GPU, in a turn of its own when that is long."""
-        worker, started, waited = self.worker, time.monotonic(), self.waited_s
+        started, waited, own = time.monotonic(), self.waited_s, self.own_s
         try:
-            while self.judge.pending:  # its import and construction on the host need no GPU
-                self._judge_reply("loading the reference")
-            if not worker.judge_placed:
-                with ExitStack() as early:
-                    self._take_gpu(early)
-                    worker.ask(self.judge, {"op": "place"})
-                    self._judge_reply("loading the reference")
-                    worker.judge_placed = True
-                    if self.child.inbox or self.child.ended:
-                        self._keep_turn(early)
-            worker.reply(self.child, self.limits.compile_s, "importing the module")
+            if self.judge.pending:  # its import and construction on the host need no GPU
+                self._judge_says("built")
+            if not self.worker.judge_placed:
+                self._place_judge()
+            if not self.imported_at:
+                self._imported()
             if not self.has_turn:
                 self._take_gpu(self.turn)
                 self._keep_turn(self.turn)
+            if not (self.limits.parallel_checks and self._has_room()):
+                self.waited_s += self.gpu.alone()
         finally:
             end = time.monotonic()
-            self.import_s = max(0.0, (self.child.heard or end) - started)
-            self.own_s += self.import_s
-            unclaimed = end - started - (self.waited_s - waited) - self.import_s
+            self.own_s += max(0.0, (self.imported_at or self.child.heard or end) - started)
+            unclaimed = end - started - (self.waited_s - waited) - (self.own_s - own)
             self.steps["reference"] = self.steps.get("reference", 0.0) + max(0.0, unclaimed)
+
+    def _place_judge(self) -> None:
+        """The spares, if they are to be warmed, beside it: they must be done before this candidate is timed."""
+        with ExitStack() as early:
+            if not self.has_turn:
+                self._take_gpu(early)
+                if self.child.inbox or self.child.ended:
+                    self._keep_turn(early)
+            if self.has_turn:
+                self._warm_spare_early()
+            self.worker.ask(self.judge, {"op": "place"})
+            self._judge_reply(LOADING)
+            self.worker.judge_placed = True
+            if not self.has_turn and (self.child.inbox or self.child.ended):
+                self._keep_turn(early)
 
     def _begin(self, regions: tuple[int, ...]) -> None:
         self.judge.close_fds()
@@ -135,17 +182,15 @@ class Checked(Spending):
         self.has_turn = True
         self.turn.callback(self.worker.clear_gpu)
         self.worker.require_gpu()
-        if not (self.limits.parallel_checks and self._has_room()):
-            self.waited_s += self.gpu.alone()
 
     def _has_room(self) -> bool:
         """Does the GPU hold this evaluation beside another of its kind?"""
         self.worker.ask(self.judge, {"op": "room", "sets": self.sets})
-        answer = self._judge_reply("loading the reference")
+        answer = self._judge_reply(LOADING)
         return int(answer["free"]) > 2 * int(answer["need"])
 
-    def _judge_reply(self, doing: str) -> dict[str, Any]:
-        return self.worker.reply(self.judge, self.limits.task_s, doing)
+    def _judge_reply(self, doing: str, unless: Child | None = None) -> dict[str, Any]:
+        return self.worker.reply(self.judge, self.limits.task_s, doing, unless=unless)
 
     def _layout(self, slot: int) -> Any:
         """The inputs of a slot; the judge answers in the order of slots."""

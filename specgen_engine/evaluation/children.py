@@ -11,11 +11,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from .limits import EvaluationLimits
 from .wire import Channel
@@ -158,11 +156,44 @@ def _set_limits(limits: EvaluationLimits, cap_memory: bool) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def descendants(pid: int) -> list[psutil.Process]:
+def _children_now(pid: int) -> list[int]:
+    """Quick (all processes' parents take 1 ms and more to read), but one may be missed while its sibling ends."""
+    found: list[int] = []
     try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_bytes().split())
+    except OSError:
+        pass
+    return found
+
+
+def _children_listed() -> Callable[[int], Iterable[int]]:
+    """The same from one listing of all processes: none that has a parent is missed."""
+    children: dict[int, list[int]] = {}
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        if state := _state_of(int(name)):
+            children.setdefault(state[0], []).append(int(name))
+    return lambda pid: children.get(pid, ())
+
+
+def _state_of(pid: int) -> tuple[int, bool] | None:
+    """(parent, is it a zombie or in the kernel's exit path), None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            fields = file.read(1024).rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1]), fields[0] in b"ZX" or bool(int(fields[6]) & 0x4)  # PF_EXITING
+
+
+def descendants(pid: int, children: Callable[[int], Iterable[int]], spare: Iterable[int] = ()) -> set[int]:
+    """All below a process but the trees of spare."""
+    found: set[int] = set()
+    wave = [pid]
+    while wave:
+        wave = [child for parent in wave for child in children(parent) if child not in found and child not in spare]
+        found.update(wave)
+    return found
 
 
 def innermost(pid: int, around: int) -> int:
@@ -178,7 +209,7 @@ def innermost(pid: int, around: int) -> int:
 def held_bytes(pid: int) -> tuple[int, int]:
     """(anonymous and shared resident bytes, processes) of a process and all below it."""
     total = count = 0
-    for process in (pid, *(below.pid for below in descendants(pid))):
+    for process in (pid, *descendants(pid, _children_listed())):
         try:
             lines = Path(f"/proc/{process}/status").read_text().splitlines()
         except OSError:
@@ -193,7 +224,7 @@ def silence(pid: int, spare: set[int], patience_s: float = 5.0) -> None:
 
     They may still be on their way out (a CUDA context takes the driver some time): see kill_tree.
     """
-    _kill_all(pid, spare, patience_s, lambda process: not _is_exiting(process.pid))
+    _kill_all(pid, spare, patience_s, leaving_counts=False)
 
 
 def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
@@ -202,59 +233,37 @@ def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
     spare: this process's other children, whose trees live on. Processes that left the group by setsid or double
     fork are found as descendants, or as orphans handed to this subreaper.
     """
-    return _kill_all(pid, spare, patience_s, lambda _: True)
+    return _kill_all(pid, spare, patience_s, leaving_counts=True)
 
 
-def _kill_all(pid: int, spare: set[int], patience_s: float, counts: Callable[[psutil.Process], bool]) -> list[int]:
-    deadline = time.monotonic() + patience_s
+def _kill_all(pid: int, spare: set[int], patience_s: float, *, leaving_counts: bool) -> list[int]:
+    deadline, left = time.monotonic() + patience_s, list[int]()
     while True:
         for group in (os.killpg, os.kill):
             try:
                 group(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-        doomed = _outside(spare)
-        for process in doomed:  # stopped first: a fork bomb must not outrun the killing
-            _signal(process, signal.SIGSTOP)
-        for process in doomed:
-            _signal(process, signal.SIGKILL)
+        doomed = {*left, *descendants(os.getpid(), _children_now, spare)}
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: a fork bomb must not outrun the killing
+            for one in doomed:
+                _signal(one, number)
         reap()
-        left = [process.pid for process in _outside(spare) if counts(process)]
+        left = _left(spare, _children_now, leaving_counts) or _left(spare, _children_listed(), leaving_counts)
         if not left or time.monotonic() > deadline:
             return left
-        time.sleep(0.002)
+        time.sleep(0.001)
 
 
-def _is_exiting(pid: int) -> bool:
-    """Gone, or in the kernel's exit path (PF_EXITING)."""
+def _left(spare: set[int], children: Callable[[int], Iterable[int]], leaving_counts: bool) -> list[int]:
+    """This process's descendants outside the spared trees, those that are on their way out where they count."""
+    states = {pid: _state_of(pid) for pid in descendants(os.getpid(), children, spare)}
+    return [pid for pid, state in states.items() if state and (leaving_counts or not state[1])]
+
+
+def _signal(pid: int, number: int) -> None:
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return True
-    return fields[0] in "ZX" or bool(int(fields[6]) & 0x4)
-
-
-def _outside(spare: set[int]) -> list[psutil.Process]:
-    """This process's descendants that are not in a spared tree; by one listing, since a spared tree may be growing."""
-    parents: dict[int, int] = {}
-    processes = descendants(os.getpid())
-    for process in processes:
-        try:
-            parents[process.pid] = process.ppid()
-        except psutil.Error:
-            parents[process.pid] = 0
-
-    def spared(pid: int) -> bool:
-        while pid and pid not in spare:
-            pid = parents.get(pid, 0)
-        return pid in spare
-
-    return [process for process in processes if not spared(process.pid)]
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        os.kill(process.pid, number)
+        os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
         pass
 

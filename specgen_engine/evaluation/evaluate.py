@@ -136,7 +136,7 @@ def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
     """The message with what is wrong with a task, None when nothing is. Raises only PoolGone."""
     try:
         judge = worker.judge_for(Task(**request["task"]))
-        if judge.pending:
+        while judge.pending:
             worker.reply(judge, worker.limits.task_s, "loading the reference")
         with ExitStack() as held:
             regions: tuple[int, ...] = ()

@@ -58,15 +58,24 @@ class Judge:
         self.outputs: int | GpuRegion = -1
         self.next_offset = 0
 
-    def load(self) -> None:
-        """Raises what the task's module raises, ValueError when it lacks a name."""
+    def load(self) -> dict[str, object]:
+        """Import the task. Says what ModelNew is constructed with, so that it can be while build() goes on here.
+
+        Arguments with tensors come by region, with begin(): init is None then.
+        Raises what the task's module raises, ValueError when it lacks a name.
+        """
         module = load_module(self.task.source, "task", Path.cwd())
         for name in ("Model", "get_inputs", "get_init_inputs"):
             if not callable(getattr(module, name, None)):
                 raise ValueError(f"the task defines no {name}")
         self.module = module
         self.init_inputs = list(module.get_init_inputs())
-        self.model = construct(module, "Model", self.init_inputs, self.seed, "cpu")
+        plain = not tensors_of(self.init_inputs)
+        return {"event": "loaded", "init": write_values(-1, self.init_inputs)[0] if plain else None, "seed": self.seed}
+
+    def build(self) -> dict[str, object]:
+        self.model = construct(self.module, "Model", self.init_inputs, self.seed, "cpu")
+        return {"event": "built"}
 
     def place(self) -> None:
         """Move the model to its device: the first use of a GPU, so not before this process has its turn on it."""
@@ -286,8 +295,8 @@ def main(channel: Channel, task: Task, device: str, seed: int, files: dict[str, 
     task_files.given = files
     judge = Judge(channel, task, device, seed)
     try:
-        judge.load()
-        channel.send({"event": "ready"})
+        for word in (judge.load, judge.build):
+            channel.send(word())
         with torch.no_grad():
             while True:
                 message, fds = channel.recv_fds(2)

@@ -139,9 +139,9 @@ class Processes:
         """Nothing of the candidate runs any more; bury_candidate() waits until it is gone, GPU memory and all."""
         self._silence(self.candidate)
 
-    def _silence(self, child: Child | None) -> None:
+    def _silence(self, child: Child | None, patience_s: float = DYING_S) -> None:
         if child is not None:
-            children.silence(child.pid, self._others(child))
+            children.silence(child.pid, self._others(child), patience_s)
             self._disown(child)
             self._forget(child)
             self.dying.append(child)
@@ -204,8 +204,13 @@ class Processes:
         except OSError:
             pass
 
-    def reply(self, child: Child, seconds: float, doing: str, *, heed_cancel: bool = True) -> dict[str, Any]:
-        """The next owed message. Raises Ended when it doesn't come: timeout, crash, flood, memory, cancel."""
+    def reply(
+        self, child: Child, seconds: float, doing: str, *, heed_cancel: bool = True, unless: Child | None = None
+    ) -> dict[str, Any]:
+        """The next owed message; {} when `unless` has something to say, or ended, before.
+
+        Raises Ended when it doesn't come: timeout, crash, flood, memory, cancel.
+        """
         deadline = time.monotonic() + seconds
         while True:
             if heed_cancel:
@@ -215,6 +220,8 @@ class Processes:
                 return self._checked(child, child.inbox.popleft())
             if child.ended:
                 raise self._gone(child, doing)
+            if unless is not None and (unless.inbox or unless.ended):
+                return {}
             if time.monotonic() >= deadline:
                 raise self._overdue(child, seconds, doing)
             self.pump(min(TICK_S, deadline - time.monotonic()))

@@ -67,12 +67,17 @@ class Subject:
         self.clock = clock_for(self.device)
         return {"event": "opened"}
 
-    def construct(self, init: Any, weights: Any, seed: int) -> dict[str, object]:
-        """ModelNew under the reference's seed; with the reference's weights where names and shapes agree."""
-        init_inputs = read_values(self.inputs, init)
-        self.model = construct(self.module, "ModelNew", init_inputs, seed, self.device)
-        give_weights(self.model, lambda: read_values(self.inputs, weights, self.device))
+    def construct(self, init: Any, seed: int) -> dict[str, object]:
+        """ModelNew under the reference's seed, on the host: before the regions are open, where init has no tensors."""
+        self.model = construct(self.module, "ModelNew", read_values(self.inputs, init), seed, "cpu")
         return {"event": "constructed"}
+
+    def take_weights(self, weights: Any) -> dict[str, object]:
+        """To the device; with the reference's weights where names and shapes agree."""
+        if isinstance(self.model, torch.nn.Module):
+            self.model = self.model.to(self.device)
+        give_weights(self.model, lambda: read_values(self.inputs, weights, self.device))
+        return {"event": "placed"}
 
     def run(self, inputs: Any) -> dict[str, object]:
         """One call on inputs not seen before; results, inputs as they are now and the former results are laid out."""
@@ -170,7 +175,9 @@ class Subject:
         if op == "open":
             return self.open(fds, message["sizes"])
         if op == "construct":
-            return self.construct(message["init"], message["weights"], message["seed"])
+            return self.construct(message["init"], message["seed"])
+        if op == "weights":
+            return self.take_weights(message["weights"])
         if op == "run":
             return self.run(message["inputs"])
         if op == "stage":

@@ -11,6 +11,7 @@ import torch
 from . import judge, subject
 from .base import Candidate, Task
 from .clock import CudaClock
+from .compare import difference, largest_errors, same_bits
 from .guards import parse_guards
 from .wire import Channel
 
@@ -18,14 +19,17 @@ SOURCE = "source.txt"
 """The candidate's text, put into the process's scratch folder: it may be longer than a message."""
 
 
-def main(channel: Channel, device: str, triton_base: Path | None) -> None:
-    """Serve until the role that it was given ends, or the supervisor closes the channel."""
+def main(channel: Channel, device: str, triton_base: Path | None, *, compares: bool = False) -> None:
+    """Serve until the role that it was given ends, or the supervisor closes the channel.
+
+    compares: it waits for a task, so that its kernels will be those of a comparison.
+    """
     while True:
         message, fds = channel.recv_fds(2)
         if message is None:
             return
         if message["op"] == "warm":
-            channel.send({"event": "warm", "fault": _warm(device, triton_base)})
+            channel.send({"event": "warm", "fault": _warm(device, triton_base, compares)})
             continue
         source = Path(SOURCE).read_text(errors="surrogatepass")
         if message["op"] == "judge":
@@ -37,18 +41,31 @@ def main(channel: Channel, device: str, triton_base: Path | None) -> None:
         return
 
 
-def _warm(device: str, triton_base: Path | None) -> str:
+def _warm(device: str, triton_base: Path | None, compares: bool) -> str:
     """Make the context, run one kernel in it, load Triton's driver module. What was wrong, or ""."""
     try:
         CudaClock(device).settle()
         torch.zeros(1, device=device).add_(1)
         torch.cuda.synchronize(device)
+        if compares:
+            compare_anything(device)
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()  # only the context stays
     except (RuntimeError, AssertionError, OSError) as error:
         return f"{type(error).__name__}: {error}"[:400]
     if triton_base is not None:
         load_triton_driver(triton_base)
     return ""
+
+
+def compare_anything(device: str) -> None:
+    """CUDA loads a kernel, and cuBLAS itself, on first use: a task's first comparison finds them loaded."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        drawn = torch.randn(64, 64, device=device, dtype=dtype)
+        result, again = drawn @ drawn, drawn @ drawn
+        difference(result, again)
+        largest_errors(result, again)
+        same_bits(result, again)
 
 
 def load_triton_driver(base: Path) -> None:

@@ -23,6 +23,8 @@ from .wire import Channel
 __all__ = ["TICK_S", "Ended", "JudgeLost", "Link", "PoolGone", "Worker"]
 CANCEL_PATIENCE_S = 0.1
 PROBE_S = 2.0
+LOADING_REPLIES = 2
+"""A judge's words of its own accord: loaded, built."""
 QUIET_S = 2.0
 """A pool that has not answered by then cannot keep others' copies away; the timing says so."""
 WARM_S = 30.0
@@ -33,20 +35,26 @@ class Worker(Processes):
     """Judges, candidates and the spares that wait for them; what an evaluation consists of is in evaluate.py."""
 
     def judge_for(self, task: Task) -> Child:
-        """The task's judge: the one at hand, or a fresh one that still owes its 'ready'."""
+        """The task's judge: the one at hand, or a fresh one that still owes what it says while it loads."""
         if self.judge is not None and self.judge_key == task.hash and not self.judge.ended:
             while self.judge is not None and self.judge.pending:  # replies owed to a job that was cut off
                 self.reply(self.judge, self.limits.task_s, "answering")
             if self.judge is not None:
                 return self.judge
-        self._silence(self.judge)
+        before, self.judge_placed = self.judge, False
+        self.judge = self._new_judge(task)
+        self.judge.pending = LOADING_REPLIES
+        self._silence(before, patience_s=0.0)  # it runs nobody's code but the task's: nothing waits for its end
+        return self.judge
+
+    def _new_judge(self, task: Task) -> Child:
         seed = int.from_bytes(os.urandom(6), "little")
         self.judge_key = task.hash
         if self.spare_judge is not None and self.spare_judge.warm and not (self.spare_judge.ended or task.files):
-            self.judge, self.spare_judge = self.spare_judge, None
-            (self.judge.scratch / warm.SOURCE).write_text(task.source, errors="surrogatepass")
-            self.ask(self.judge, {"op": "judge", "name": task.name, "seed": seed})
-            return self.judge
+            judge, self.spare_judge = self.spare_judge, None
+            (judge.scratch / warm.SOURCE).write_text(task.source, errors="surrogatepass")
+            self.ask(judge, {"op": "judge", "name": task.name, "seed": seed})
+            return judge
         device = self.device
         files = {name: os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in task.files if os.path.isfile(name)}
 
@@ -55,11 +63,10 @@ class Worker(Processes):
 
             judge.main(channel, task, device, seed, files)
 
-        self.judge = self.fork("judge", entry, tuple(files.values()), {})
+        judge = self.fork("judge", entry, tuple(files.values()), {})
         for fd in files.values():
             os.close(fd)
-        self.judge.pending = 1
-        return self.judge
+        return judge
 
     def wait(self, seconds: float) -> None:
         """Between two tries for the GPU: live on. Raises Ended when the job at hand is cancelled."""
@@ -134,7 +141,9 @@ class Worker(Processes):
         if self.on_gpu and (self.spare_judge is None or self.spare_judge.ended):
             self.end(self.spare_judge)
             device = self.device
-            self.spare_judge = self.fork("judge", lambda channel: warm.main(channel, device, None), (), {})
+            self.spare_judge = self.fork(
+                "judge", lambda channel: warm.main(channel, device, None, compares=True), (), {}
+            )
 
     def begin_warming(self) -> None:
         """The spares make their CUDA contexts; await_warm() waits for them. Only in this worker's turn on the GPU."""

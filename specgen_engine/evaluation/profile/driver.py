@@ -56,7 +56,8 @@ def _prepare(plan: dict[str, Any], marker: Path) -> tuple[Any, str]:
     source = Path(plan["candidate"]).read_text()
     subject = Subject(None, Candidate(source), device, (values, values))  # type: ignore[arg-type]
     subject.load()
-    subject.construct(plan["init"], plan["weights"], plan["seed"])
+    subject.construct(plan["init"], plan["seed"])
+    subject.take_weights(plan["weights"])
     arguments = read_values(values, plan["inputs"], device)
     return (lambda: subject.model(*arguments)), device
 
