@@ -46,9 +46,9 @@ TerminationSpec = Annotated[str, Field(max_length=500), AfterValidator(_terminat
 
 
 class Section(BaseModel):
-    """Unknown keys are errors; values are frozen once read."""
+    """Unknown keys and numbers without end are errors; values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ForkConfig(Section):
@@ -219,7 +219,7 @@ def from_arguments(args: argparse.Namespace) -> SpecGenConfig:
         dest = "specgen__" + "__".join(path)
         if hasattr(args, dest):
             from_flags[path] = getattr(args, dest)
-            _put(tree, path, getattr(args, dest), file)
+            _put(tree, path, getattr(args, dest))
     try:
         settings = SpecGenConfig.model_validate(tree)
     except ValidationError as error:
@@ -261,11 +261,10 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"--specgen-config {file}: not TOML: {error}") from None
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any, file: Path | None) -> None:
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """The tree's tables are tables: _check_types has seen it."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--specgen-config {file}: {name}: must be a table [{name}], got {tree!r}")
     tree[path[-1]] = value
 
 

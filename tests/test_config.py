@@ -8,10 +8,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from specgen_engine import config
+from specgen_engine import arguments, config, plugin
 from specgen_engine.errors import ConfigError
 from specgen_engine.replay.trace import BUNDLED
 
@@ -114,3 +116,124 @@ def test_every_leaf_has_a_flag_and_a_description() -> None:
     for path, info in config.leaves():
         assert config.flag_of(path) in text
         assert info.description, path
+
+
+# ---- every flag: values at its limits, and those that stop the start
+
+COUNT = ("1",), ("0", "1.5", "many", "")
+SECONDS = ("0.001",), ("0", "-1", "inf", "nan", "soon")
+SHARE = ("1", "0.001"), ("0", "1.001", "nan", "half")
+LIMITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "trigger": (("every:1" + " " * 493,), ("every:0", "sometimes", "every:1" + " " * 494)),
+    "termination": (("correct" + " " * 493,), ("speedup:0", "soon", "correct" + " " * 494)),
+    "thinking": (("<a>..." + "b" * 494,), ("nonsense", "<a>..." + "b" * 495)),
+    "grace-s": (("0",), ("-0.001", "inf", "nan", "soon")),
+    "fork-temperature": (("0", "2"), ("-0.001", "2.001", "nan", "warm")),
+    "fork-max-tokens": COUNT,
+    "fork-per-search": COUNT,
+    "fork-total": COUNT,
+    "scheduler-batch-share": SHARE,
+    "scheduler-base-share": SHARE,
+    "scheduler-headroom": (("0", "0.999"), ("-0.001", "1", "nan", "some")),
+    "evaluation-workers": COUNT,
+    "evaluation-device": (("cuda", "cuda:1,cuda:2", "ray:host:1"), ("gpu0", "cuda:1,", "cuda:x", "ray:host", "")),
+    "evaluation-compile-s": SECONDS,
+    "evaluation-check-s": SECONDS,
+    "evaluation-time-s": SECONDS,
+    "evaluation-task-s": SECONDS,
+    "evaluation-memory-gb": SECONDS,
+    "sandbox": (("auto", "require", "off"), ("maybe", "")),
+    "evaluation-profile": (("auto", "ncu"), ("yes", "")),
+    "tasks": (("explicit", "prompt"), ("both", "")),
+    "tasks-roots": ((".",), ("/nowhere/at/all", __file__)),
+    "kv": (("peer", "loopback", "host", "off"), ("disk", "")),
+    "kv-fallback": (("refuse", "host", "off"), ("on", "")),
+    "kv-chunk-mib": COUNT,
+    "kv-max-chunks": (("1", "4096"), ("0", "4097", "all")),
+    "kv-sms": (("1", "132"), ("0", "133", "all")),
+    "replay": ((str(BUNDLED / "cpu_row_softmax"),), ("/nowhere/at/all",)),
+    "history": COUNT,
+}
+ANY_TEXT = {"fork-nudge", "evaluation-cache", "kv-directory", "adaptive-state"}
+SWITCHES = {"fork-feedback", "allow-untrusted"}
+
+
+def test_the_limits_below_are_those_of_every_flag() -> None:
+    flags = {config.flag_of(path).removeprefix("--specgen-") for path, _ in config.leaves()}
+    assert flags == LIMITS.keys() | ANY_TEXT | SWITCHES
+
+
+@pytest.mark.parametrize("flag", LIMITS)
+def test_a_flag_takes_its_limits_and_names_itself_and_the_value_beyond_them(flag: str) -> None:
+    allowed, refused = LIMITS[flag]
+    (path,) = (path for path, _ in config.leaves() if config.flag_of(path) == f"--specgen-{flag}")
+    for value in allowed:
+        read_back: Any = parse(f"--specgen-{flag}", value)
+        for name in path:
+            read_back = getattr(read_back, name)
+        single = read_back[0] if isinstance(read_back, tuple) else read_back
+        assert single == type(single)(value)
+    for value in refused:
+        with pytest.raises(ConfigError) as error:
+            parse(f"--specgen-{flag}", value)
+        assert str(error.value).startswith(f"--specgen-{flag}: ")
+        assert value.strip()[:100] in str(error.value)
+        assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("flag", sorted(LIMITS.keys() | ANY_TEXT | SWITCHES | {"config"}))
+def test_a_flag_without_the_plugins_is_refused_by_its_name(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    value = [] if flag in SWITCHES else ["x"]
+    with pytest.raises(SystemExit) as ended:
+        read(f"--specgen-{flag}", *value)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"specgen: --specgen-{flag} needs --enable-specgen\n"
+
+
+def read(*words: str, **server: Any) -> Any:
+    """The server's arguments as our hook returns them, around a SGLang that takes any."""
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser)
+    page = {"page_size": 1, "speculative_algorithm": None, **server}
+    return arguments.from_cli_args(lambda cls, args: SimpleNamespace(**page), object, parser.parse_args(words))
+
+
+def test_without_any_flag_sglangs_arguments_are_returned_as_they_are() -> None:
+    assert read() == SimpleNamespace(page_size=1, speculative_algorithm=None)
+
+
+def test_what_is_wrong_with_the_settings_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("activate", "mark_active"):
+        monkeypatch.setattr(plugin, name, lambda *_: pytest.fail("a hook was set although the start is refused"))
+    for words, server, says in (
+        (["--specgen-fork-total", "zero"], {}, "--specgen-fork-total: Input should be a valid integer"),
+        ([], {"page_size": 3}, "--enable-specgen does not go with --page-size: untested; use 1, 16, 32 or 64"),
+        ([], {"page_size": 3, "dp_size": 2}, "replica behind a router; --page-size: "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            read("--enable-specgen", *words, **server)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("specgen: ")
+        assert says in said
+        assert said.count("\n") == 1
+
+
+def test_settings_reach_the_servers_arguments_and_the_hooks_of_both_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(plugin, "activate", called.append)
+    monkeypatch.setattr(plugin, "mark_active", lambda: called.append("marked"))
+    settings = vars(read("--enable-specgen", "--specgen-history", "3"))["specgen"]
+    assert settings == config.SpecGenConfig(history=3)
+    assert called == ["server", "scheduler", "marked"]
+
+
+def test_a_release_that_is_not_tested_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "sglang_version", lambda: "0.6.99")
+    with pytest.raises(SystemExit):
+        read("--enable-specgen", "--specgen-history", "none")
+    assert "SGLang 0.6.99 is none of the releases" in capsys.readouterr().err
