@@ -115,6 +115,14 @@ class TierRadixCache(HiRadixCache):
         self.prefetcher = Prefetcher(self)
         self._agree_on_losses()
 
+    def reset(self) -> None:
+        """A flushed scheduler is idle, but a prefetch may be under way: its pages are given away only once it ended."""
+        for ack in self.cache_controller.ack_load_queue:
+            ack.finish_event.synchronize()
+        super().reset()
+        self.ongoing_load_back.clear()
+        self._ahead = NOTHING_AHEAD
+
     # ---- policy
 
     def follow_searches(self, running: Container[str]) -> None:

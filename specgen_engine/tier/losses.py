@@ -81,17 +81,28 @@ def drop(cache: Any, lost: NDArray[np.bool_]) -> int:
 
     On an evicted node the tokens before the first lost page stay. A node that the GPU holds too loses its copy, with
     those below it, for copies must reach from the root without a gap; it is then written again, to another lender if
-    need be. Busy nodes are left for a later step: their pages stay lost and are reported again.
+    need be. Nodes that are busy or arrive are left for a later step: their pages stay lost and are reported again.
+
+    Nothing is written before all is dropped: a write may need room, which SGLang makes by taking evicted nodes out of
+    the tree, and then some that still wait here would be freed twice.
     """
     freed = 0
+    written_again: list[Any] = []
     arriving = {one.id for end in cache.ongoing_load_back.values() for one in path_of(end)}
     waiting = list(cache.root_node.children.values())
     while waiting:
         node = waiting.pop()
         if node.backuped and (at := _first_lost(cache, node, lost)) is not None:
-            freed += _drop_evicted(cache, node, at) if node.evicted else _drop_resident(cache, node, arriving)
+            if node.evicted:
+                freed += _drop_evicted(cache, node, at)
+            else:
+                pages, nodes = _drop_resident(cache, node, arriving)
+                freed += pages
+                written_again.extend(nodes)
         else:
             waiting.extend(node.children.values())
+    for node in written_again:
+        cache.write_backup(node)
     return freed
 
 
@@ -109,10 +120,11 @@ def _drop_evicted(cache: Any, node: Any, at: int) -> int:
     return remove(cache, node)
 
 
-def _drop_resident(cache: Any, node: Any, arriving: set[int]) -> int:
+def _drop_resident(cache: Any, node: Any, arriving: set[int]) -> tuple[int, list[Any]]:
+    """(pages freed, the nodes that lost their copies, parents first)."""
     nodes = subtree(node)
     if any(one.id in arriving or (one.backuped and is_busy(one)) for one in nodes):
-        return 0
+        return 0, []
     freed = 0
     evicted_tops = [one for one in nodes if one.evicted and not one.parent.evicted]
     for top in evicted_tops:
@@ -123,6 +135,4 @@ def _drop_resident(cache: Any, node: Any, arriving: set[int]) -> int:
         one.host_value = None
         cache._update_host_leaf_status(one)
     cache._update_host_leaf_status(node.parent)
-    for one in resident:
-        cache.write_backup(one)
-    return freed
+    return freed, resident

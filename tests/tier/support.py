@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,6 +98,21 @@ class Tier:
     def settle(self) -> None:
         if str(self.device.device).startswith("cuda"):
             torch.cuda.synchronize()
+
+
+class Setting(NamedTuple):
+    """A TierRadixCache and the tier below it."""
+
+    cache: Any
+    tier: Tier
+
+    @property
+    def allocator(self) -> Any:
+        return self.cache.token_to_kv_pool_allocator
+
+    def accounted(self) -> int:
+        """Tokens of the device that are free, evictable or protected: all of them, where none is leaked."""
+        return int(self.allocator.available_size() + self.cache.evictable_size() + self.cache.protected_size())
 
 
 @contextmanager

@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specgen_engine.tier.policy import Source, spare_tokens
-from tests.tier.support import Tier, radix_cache, tier
-from tests.tier.two_ranks import LENGTH, PAGE, evict, publish, restore, tokens_of
-
-TOKENS = 1024
-
-
-class Setting(NamedTuple):
-    cache: Any
-    tier: Tier
-
-    @property
-    def allocator(self) -> Any:
-        return self.cache.token_to_kv_pool_allocator
-
-    def accounted(self) -> int:
-        return int(self.allocator.available_size() + self.cache.evictable_size() + self.cache.protected_size())
-
+from tests.tier.conftest import TOKENS
+from tests.tier.support import Setting
+from tests.tier.two_ranks import LENGTH, publish, restore, tokens_of
 
 MARK = "specgen_source"  # as in tier/cache.py, which imports SGLang
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def evicted(tmp_path: Path, group: Any) -> Iterator[Setting]:
-    """Three prefixes that only the tier has."""
-    folder = tmp_path / "lender"
-    folder.mkdir(mode=0o700)
-    with tier(folder, "mha", PAGE, torch.float32, chunks=(13,), chunk_bytes=256 << 10, tokens=TOKENS) as one:
-        cache = radix_cache(one, group)
-        for prefix in range(3):
-            publish(cache, one, prefix)
-        evict(cache)
-        yield Setting(cache, one)
-        one.pool.check_integrity()
 
 
 def waiting(prefix: int, rid: str = "") -> Any:

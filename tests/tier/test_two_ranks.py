@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.tier.two_ranks import LENGTH, PAGE, PREFIXES
+from tests.tier.two_ranks import LENGTH, PAGE, PREFIXES, ROUNDS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -50,6 +50,18 @@ def test_what_one_rank_lost_all_dropped_and_no_more(ranks: list[dict[str, Any]])
     assert any(first["restored"])
     assert sum(first["again"]) > 0
     assert first["device"] == 1024
+
+
+def test_trees_and_indices_stay_the_same_in_storms_of_losses_and_prefetches(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks[0]["storms"]:
+        assert len(seen) == ROUNDS
+        assert len(set(seen)) > ROUNDS / 4
+    assert ranks[0]["storms"] == ranks[1]["storms"]
+    revoked = [[counts["revoked_chunks"] for counts in rank["own"]["storms"]] for rank in ranks]
+    assert revoked[0] != revoked[1]
+    for rank in ranks:
+        for name in ("prefetched_tokens", "lost_pages", "restored_tokens"):
+            assert sum(counts[name] for counts in rank["own"]["storms"]) > 0
 
 
 def test_both_kinds_of_loss_are_counted(ranks: list[dict[str, Any]]) -> None:

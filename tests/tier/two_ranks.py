@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.tier.support import Tier, buffers, radix_cache, tier
 
 PAGE = 16
 PREFIXES, LENGTH = 6, 160
+ROUNDS, SEEDS = 300, (7, 8, 9)
 
 
 def tokens_of(prefix: int) -> list[int]:
@@ -115,14 +117,38 @@ def play(cache: Any, one: Tier, rank: int, world: int) -> dict[str, Any]:
     return out
 
 
+def storm(cache: Any, one: Tier, rank: int, seed: int) -> list[int]:
+    """Random requests, prefetches and losses of each rank's own; a checksum of the tree and its indices after each."""
+    from specgen_engine.tier.losses import subtree
+    from tests.tier.storm import Storm
+    from tests.tier.support import Setting
+
+    seen: list[int] = []
+
+    def see() -> None:
+        nodes = [node for node in subtree(cache.root_node) if node.parent is not None]
+        values = [[None if v is None else v.tolist() for v in (node.value, node.host_value)] for node in nodes]
+        keys = [[list(node.key.token_ids), node.lock_ref] for node in nodes]
+        seen.append(zlib.crc32(json.dumps([keys, values]).encode()))
+
+    Storm(Setting(cache, one), seed, rank, most=2).play(ROUNDS, see)
+    return seen
+
+
 def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     own = folder / f"rank{rank}"
     own.mkdir(mode=0o700)
     with tier(own, "mha", PAGE, torch.float32, chunks=(13,), chunk_bytes=256 << 10, tokens=1024) as one:
         out = play(radix_cache(one, dist.group.WORLD), one, rank, world)
-        (folder / f"rank{rank}.json").write_text(json.dumps(out))
-        dist.barrier()
+    out["storms"], out["own"]["storms"] = [], []
+    for seed in SEEDS:
+        with tier(own, "mha", PAGE, torch.float32, chunks=(6, 6), chunk_bytes=256 << 10, tokens=512) as one:
+            out["storms"].append(storm(radix_cache(one, dist.group.WORLD), one, rank, seed))
+            out["own"]["storms"].append(dict(one.pool.stats.counts))
+            dist.barrier()
+    (folder / f"rank{rank}.json").write_text(json.dumps(out))
+    dist.barrier()
 
 
 def main() -> int:

@@ -1,0 +1,37 @@
+"""A radix cache over shared memory, three of whose prefixes only the tier has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.tier.support import Setting, radix_cache, tier
+from tests.tier.two_ranks import PAGE, evict, publish
+
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def evicted(tmp_path: Path, group: Any) -> Iterator[Setting]:
+    folder = tmp_path / "lender"
+    folder.mkdir(mode=0o700)
+    with tier(folder, "mha", PAGE, torch.float32, chunks=(13,), chunk_bytes=256 << 10, tokens=TOKENS) as one:
+        cache = radix_cache(one, group)
+        for prefix in range(3):
+            publish(cache, one, prefix)
+        evict(cache)
+        yield Setting(cache, one)
+        one.pool.check_integrity()
