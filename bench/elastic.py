@@ -236,7 +236,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="seeds a case, instead of each case's own number")
     live = parser.add_argument_group("--live")
     live.add_argument("--live", action="store_true", help="run a burst on live workers and simulate it")
-    live.add_argument("--devices", default="cpu,cpu", help="one worker each: cpu or cuda:N (two or more)")
+    live.add_argument("--devices", default="cpu,cpu", help="one worker each: cpu or cuda:N, on two GPUs or more")
     live.add_argument("--traces", type=Path, help="recorded answers (Triton ones are taken); default: synthetic ones")
     live.add_argument("--only", default="", help="regular expression on an answer's path")
     live.add_argument("--count", type=int, default=30, help="candidates")
@@ -250,7 +250,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {path}: its folder does not exist; make it first")
     if options.plot is not None and options.plot.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot {options.plot}: use a name that ends in .png, .pdf or .svg")
-    if options.live and (options.count < 2 or options.bursts < 1 or len(options.devices.split(",")) < 2):
+    devices = options.devices.split(",")
+    places = devices.count("cpu") + len({device for device in devices if device != "cpu"})
+    if options.live and (options.count < 2 or options.bursts < 1 or places < 2):
         parser.error("--live: use at least two devices, two candidates and one burst")
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: use at least 1")

@@ -5,6 +5,7 @@
 Each policy gets the same candidates at the same moments and its own empty build cache. A candidate is evaluated in the
 validating role; one that passes its check goes on to the profiling role; feedback is there when its last job is over.
 Without traces the candidates are synthetic and sleep in their first check, so that a busy CPU does not matter.
+A GPU that is named several times in --devices has several workers; it is busy while one of them is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,10 @@ class Arrival(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """One job of a live run; seconds of the run's clock. busy_s: of ended - began, on the GPU, at its end."""
+    """One job of a live run; seconds of the run's clock. busy_s: of ended - began, on the GPU, taken to be at its end.
+
+    gpu: what its worker's time is accounted to.
+    """
 
     number: int
     role: Role
@@ -75,6 +79,12 @@ class Ran(NamedTuple):
     ended: float
     busy_s: float
     status: str
+    gpu: str
+
+
+def units(devices: list[str]) -> list[str]:
+    """The GPUs of the workers, each once, as LocalBackend names them; a CPU worker counts as one."""
+    return list(dict.fromkeys(f"cpu/{index}" if device == "cpu" else device for index, device in enumerate(devices)))
 
 
 def moments(count: int, bursts: int, gap_s: float, seed: int) -> list[float]:
@@ -117,12 +127,13 @@ async def run_live(
     config: PolicyConfig,
     limits: EvaluationLimits,
 ) -> list[Ran]:
-    state, roles = parse_policy(policy, len(devices), config)
+    state, roles = parse_policy(policy, len(units(devices)), config)
+    role_of = dict(zip(units(devices), roles, strict=True))
     chosen: dict[str, Any] = {"state": state} if isinstance(state, FifoState) else {}
     with tempfile.TemporaryDirectory(prefix="specgen-builds-") as cache:
         pool = LocalPool(
             devices=devices, limits=limits, cache=Path(cache), config=config, **chosen,
-            first_role=lambda slot: roles[slot % len(roles)],
+            first_role=lambda slot: role_of[_unit(pool, slot)],
         )  # fmt: skip
         try:
             await pool.start()
@@ -133,6 +144,12 @@ async def run_live(
         finally:
             await pool.close()
     return [row for candidate in rows for row in candidate]
+
+
+def _unit(pool: LocalPool, slot: int | None) -> str:
+    """The GPU of a worker; its own number for one that has died since."""
+    worker = pool.backend.workers.get(slot)  # type: ignore[attr-defined]
+    return worker.unit if worker is not None else f"slot {slot}"
 
 
 async def _all_ready(pool: LocalPool, slots: int) -> None:
@@ -151,9 +168,8 @@ async def _one(pool: LocalPool, arrival: Arrival, start: float, stage: JobStage)
         )  # fmt: skip
         verdict = await job.verdict()
         ended = time.monotonic() - start
-        rows.append(
-            Ran(arrival.number, role, queued, job.began - start, ended, busy_seconds(verdict.stages), verdict.status)
-        )
+        busy_s, gpu = busy_seconds(verdict.stages), _unit(pool, job.slot)
+        rows.append(Ran(arrival.number, role, queued, job.began - start, ended, busy_s, verdict.status, gpu))
         print(f"  {arrival.name} {_brief(rows[-1])} {verdict.reason[:120]}", flush=True)
         if base.Stage.TIME not in verdict.stages:  # its check did not pass
             break
@@ -161,7 +177,31 @@ async def _one(pool: LocalPool, arrival: Arrival, start: float, stage: JobStage)
 
 
 def _brief(row: Ran) -> str:
-    return f"{row.role} {row.status} {row.queued:.2f} {row.began:.2f} {row.ended:.2f} busy {row.busy_s:.2f}"
+    return f"{row.role} {row.status} {row.gpu} {row.queued:.2f} {row.began:.2f} {row.ended:.2f} busy {row.busy_s:.2f}"
+
+
+def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The union of intervals (low, high), as intervals that don't touch, in order."""
+    out: list[tuple[float, float]] = []
+    for low, high in sorted(intervals):
+        if out and low <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], high)
+        else:
+            out.append((low, high))
+    return out
+
+
+def busy_intervals(rows: list[Ran]) -> dict[str, list[tuple[float, float]]]:
+    """When each GPU worked for one of its workers or several."""
+    own: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        own.setdefault(row.gpu, []).append((row.ended - row.busy_s, row.ended))
+    return {gpu: merged(intervals) for gpu, intervals in own.items()}
+
+
+def overlap(some: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+    """Seconds that are in both unions."""
+    return sum(max(0.0, min(one[1], other[1]) - max(one[0], other[0])) for one in some for other in others)
 
 
 def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str, float]:
@@ -172,21 +212,15 @@ def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str,
     first = {row.number: row.queued for row in rows if row.role is Role.VALIDATE}
     feedback = [last[arrival.number] - first[arrival.number] for arrival in arrivals]
     end = max(row.ended for row in rows)
-    edges = sorted(
-        {0.0, end, *(edge for row in rows for edge in (row.queued, row.began, row.ended - row.busy_s, row.ended))}
-    )
-    waits_s = busy_waits_s = 0.0
-    for low, high in pairwise(edges):
-        middle = (low + high) / 2
-        if any(row.queued < middle < row.began for row in rows):
-            waits_s += high - low
-            busy_waits_s += (high - low) * sum(row.ended - row.busy_s < middle < row.ended for row in rows)
+    busy = list(busy_intervals(rows).values())
+    waits = merged((row.queued, row.began) for row in rows if row.began > row.queued)
+    waits_s = sum(high - low for low, high in waits)
     return {
         "mean_feedback_s": statistics.fmean(feedback),
         "p50_feedback_s": percentile(feedback, 0.5),
         "p95_feedback_s": percentile(feedback, 0.95),
-        "utilisation_whole": sum(row.busy_s for row in rows) / (gpus * end),
-        "utilisation": busy_waits_s / (gpus * waits_s) if waits_s else 1.0,
+        "utilisation_whole": sum(overlap(one, [(0.0, end)]) for one in busy) / (gpus * end),
+        "utilisation": sum(overlap(one, waits) for one in busy) / (gpus * waits_s) if waits_s else 1.0,
     }
 
 
@@ -225,13 +259,16 @@ def simulated(
 
 
 def compare(arrivals: list[Arrival], devices: list[str], stage: JobStage, limits: EvaluationLimits) -> dict[str, Any]:
-    """Live and simulated figures by policy, and how far they are apart."""
-    gpus = len(devices)
+    """Live and simulated figures by policy, and how far they are apart.
+
+    The simulator's GPUs take a job at a time: with several workers a GPU nothing is simulated.
+    """
+    gpus = len(units(devices))
     config = replace(PolicyConfig(), switch_s=0.0)  # a worker takes any job: roles say which ones come
     splits = [f"static-{one}-{gpus - one}" for one in range(1, gpus)]
     runs: dict[str, list[Ran]] = {}
     for policy in ("elastic", *splits, "fifo"):
-        print(f"{policy}: candidate, role, status, queued, began, ended, busy seconds")
+        print(f"{policy}: candidate, role, status, GPU, queued, began, ended, busy seconds")
         runs[policy] = asyncio.run(run_live(policy, arrivals, devices, stage, config, limits))
     report: dict[str, Any] = {
         "devices": devices,
@@ -240,16 +277,21 @@ def compare(arrivals: list[Arrival], devices: list[str], stage: JobStage, limits
         "policies": {},
     }
     for policy, rows in runs.items():
-        others = [run for name, run in runs.items() if name != policy]
         live = figures_of(rows, arrivals, gpus)
+        report["policies"][policy] = {
+            "live": _rounded(live),
+            "jobs": [{**row._asdict(), "role": row.role.value} for row in rows],
+        }
+        if len(devices) > gpus:
+            continue
+        others = [run for name, run in runs.items() if name != policy]
         model = simulated(policy, arrivals, rows, [rows], gpus, config)
         predicted = simulated(policy, arrivals, rows, others, gpus, config)
         apart = {name: model[name] / live[name] - 1 for name in live}
-        report["policies"][policy] = {
-            "live": _rounded(live), "simulated": _rounded(model), "simulated_over_live_minus_1": _rounded(apart),
+        report["policies"][policy] |= {
+            "simulated": _rounded(model), "simulated_over_live_minus_1": _rounded(apart),
             "within_15_percent": all(abs(value) <= TOLERANCE for value in apart.values()),
             "simulated_with_service_times_of_other_runs": _rounded(predicted),
-            "jobs": [{**row._asdict(), "role": row.role.value} for row in rows],
         }  # fmt: skip
     report["names"] = {one.number: one.name for one in arrivals}
     report["arrivals_s"] = [round(one.at, 3) for one in arrivals]
@@ -266,6 +308,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     keys = {"mean_feedback_s": 8, "p50_feedback_s": 8, "p95_feedback_s": 8, "utilisation_whole": 7, "utilisation": 7}
     for policy, row in report["policies"].items():
         for name, kind in KINDS.items():
+            if kind not in row:
+                continue
             values = " ".join(f"{row[kind][key]:>{width}.3f}" for key, width in keys.items())
             out.append(f"{policy if kind == 'live' else '':<12} {name:<10} {values}")
     return out

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from bench import elastic, elastic_live
-from bench.elastic_live import TASK, Arrival, Ran, figures_of, recorded, simulated, synthetic
+from bench.elastic_live import (
+    TASK,
+    Arrival,
+    Ran,
+    busy_intervals,
+    figures_of,
+    merged,
+    recorded,
+    simulated,
+    synthetic,
+    units,
+)
 from specgen_engine.evaluation.base import Candidate
 from specgen_engine.pools.policy import PolicyConfig, Role
 
@@ -16,11 +27,11 @@ V, P = Role.VALIDATE, Role.PROFILE
 CONFIG = PolicyConfig(switch_s=0.0)
 ARRIVALS = [Arrival(number, 0.1 * number, 0, TASK, Candidate(str(number)), f"c{number}") for number in range(3)]
 STATIC = [
-    Ran(0, V, 0.0, 0.0, 2.0, 1.5, "correct"),
-    Ran(0, P, 2.0, 2.0, 5.0, 2.0, "correct"),
-    Ran(1, V, 0.1, 2.0, 4.0, 1.5, "correct"),
-    Ran(1, P, 4.0, 5.0, 8.0, 2.0, "correct"),
-    Ran(2, V, 0.2, 4.0, 6.0, 1.5, "wrong"),
+    Ran(0, V, 0.0, 0.0, 2.0, 1.5, "correct", "a"),
+    Ran(0, P, 2.0, 2.0, 5.0, 2.0, "correct", "b"),
+    Ran(1, V, 0.1, 2.0, 4.0, 1.5, "correct", "a"),
+    Ran(1, P, 4.0, 5.0, 8.0, 2.0, "correct", "b"),
+    Ran(2, V, 0.2, 4.0, 6.0, 1.5, "wrong", "a"),
 ]
 
 
@@ -31,6 +42,22 @@ def test_figures_of_a_run_worked_out_by_hand() -> None:
     assert figures["utilisation_whole"] == pytest.approx(8.5 / 16)
     # Something waits from 0.1 to 5: validating works 0.5-2, 2.5-4, 4.5-5 of it, profiling 3-5.
     assert figures["utilisation"] == pytest.approx((1.5 + 1.5 + 0.5 + 2.0) / (2 * 4.9))
+
+
+def test_a_gpu_is_busy_while_one_of_its_workers_is() -> None:
+    assert merged([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7), (2.0, 2.5)]) == [(0.0, 2.5), (3.0, 4.0)]
+    assert merged([]) == []
+    rows = [
+        Ran(0, V, 0.0, 0.0, 4.0, 3.0, "wrong", "a"),  # 1 to 4
+        Ran(1, V, 0.0, 0.0, 5.0, 3.0, "wrong", "a"),  # 2 to 5, beside it
+        Ran(2, V, 0.0, 4.0, 8.0, 1.0, "wrong", "b"),  # 7 to 8; it waits until 4
+    ]
+    assert busy_intervals(rows) == {"a": [(1.0, 5.0)], "b": [(7.0, 8.0)]}
+    figures = figures_of(rows, ARRIVALS, 2)
+    assert figures["utilisation_whole"] == pytest.approx((4.0 + 1.0) / 16)
+    assert figures["utilisation"] == pytest.approx(3.0 / 8)
+    assert units(["cuda:0", "cuda:1", "cuda:0"]) == ["cuda:0", "cuda:1"]
+    assert units(["cpu", "cpu"]) == ["cpu/0", "cpu/1"]
 
 
 def test_the_simulator_repeats_a_static_run_from_its_service_times() -> None:
@@ -49,7 +76,9 @@ def test_bursts_and_recorded_answers(tmp_path: Path) -> None:
         recorded(tmp_path, "none", 5, 2, 1.0, 0)
 
 
-@pytest.mark.parametrize("words", [["--devices", "cpu"], ["--count", "1"], ["--bursts", "0"]])
+@pytest.mark.parametrize(
+    "words", [["--devices", "cpu"], ["--devices", "cuda:0,cuda:0"], ["--count", "1"], ["--bursts", "0"]]
+)
 def test_too_little_to_compare_is_refused(words: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         elastic.main(["--live", *words])
@@ -65,5 +94,6 @@ def test_a_burst_on_live_workers_ends_under_every_policy(tmp_path: Path) -> None
     assert set(report["policies"]) == {"elastic", "static-1-1", "fifo"}
     for row in report["policies"].values():
         assert {job["number"] for job in row["jobs"]} == set(range(10))
+        assert {job["gpu"] for job in row["jobs"]} == {"cpu/0", "cpu/1"}
         assert abs(row["simulated_over_live_minus_1"]["utilisation_whole"]) < 0.5
     assert elastic_live.TOLERANCE == 0.15
