@@ -26,7 +26,7 @@ LONGEST_S = 600
 def replaying(start_server: StartServer) -> Iterator[Client]:
     """Ends each reasoning at the first correct kernel: with one worker that is always the first fork's."""
     with start_server(
-        "--tiny", "--replay", str(BUNDLED), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"
+        "--tiny", "--replay", str(BUNDLED), "--specgen-trigger", "every:400", "--specgen-termination", "correct"
     ) as client:
         yield client
 
