@@ -25,6 +25,7 @@ def test_the_report_is_drawn_and_stands_alone(browser: WebDriver, tmp_path: Path
     assert kinds.count("evaluation") >= 1
     colours = {kind: bar.value_of_css_property("fill") for kind, bar in zip(kinds, bars, strict=True)}
     assert len(set(colours.values())) == len(colours), "kinds that look alike"
+    assert "rgb(0, 0, 0)" not in colours.values(), "a kind without a colour"
     (end,) = browser.find_elements(By.CSS_SELECTOR, "#timeline .end")
     assert end.rect["height"] > 0  # without width it is not "displayed" for WebDriver
     assert end.value_of_css_property("stroke") not in ("none", *colours.values())
