@@ -69,6 +69,8 @@ HOOKS: tuple[Hook, ...] = (
          ("self", "batch", "result"), "token-level triggers; fork points at the step that decodes them"),
     Hook("scheduler", f"{SCHEDULER}._get_new_batch_prefill_raw", "around", "specgen_engine.scheduler.hooks:get_new_batch_prefill",
          ("self", "prefill_delayer_single_pass", "running_batch"), "forks are admitted only behind ordinary requests"),
+    Hook("scheduler", f"{SCHEDULER}._get_new_batch_prefill_raw", "after", "specgen_engine.tier.hooks:prefetch",
+         ("self", "prefill_delayer_single_pass", "running_batch"), "prefixes of waiting requests come from the remote KV tier"),
     Hook("scheduler", f"{SCHEDULER}.update_running_batch", "around", "specgen_engine.scheduler.hooks:update_running_batch",
          ("self", "batch"), "forks give their KV back before SGLang retracts anyone"),
     Hook("scheduler", f"{SCHEDULER}._add_request_to_queue", "after", "specgen_engine.scheduler.hooks:queued",

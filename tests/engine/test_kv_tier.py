@@ -5,6 +5,7 @@ The lenders live in this process, so that the tests can take memory back, or die
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 POOL = 1024
 CHUNK = 1 << 20
 PROMPTS, LENGTH, TOKENS = 5, 330, 10
+SEED = int(os.environ.get("SPECGEN_TEST_SEED", "5"))  # of what lenders do
 SEARCH = {"task": TASK, "trigger": "every:12", "termination": "none", "fork": {"max_tokens": 6}}
 
 
@@ -47,8 +49,9 @@ def answers(client: Client, rounds: int = 2) -> list[list[int]]:
 class Lenders:
     """Two lenders of the server's, one of which dies and comes back; both take memory back at random."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, every_s: float = 0.15, most: int = 30) -> None:
+        """Trouble every `every_s` seconds; fewer than `most` chunks are taken back at once."""
+        self.folder, self.every_s, self.most = folder, every_s, most
         self.alive = [self._start(0), self._start(1)]
         self.revocations = self.deaths = 0
         self._stop = threading.Event()
@@ -57,8 +60,8 @@ class Lenders:
         return Lender(self.folder, f"lender-{number}", LoopbackBackend(), CHUNK, 80)
 
     def trouble(self) -> None:
-        generator = random.Random(5)
-        while not self._stop.wait(0.15):
+        generator = random.Random(SEED)
+        while not self._stop.wait(self.every_s):
             if generator.random() < 0.15:
                 self.alive[1].crash()
                 self.deaths += 1
@@ -67,11 +70,12 @@ class Lenders:
             lender = generator.choice(self.alive)
             for epoch in lender.epochs().values():
                 try:
-                    self.revocations += lender.revoke(epoch, generator.randrange(1, 30), bound_s=0.5).chunks
+                    self.revocations += lender.revoke(epoch, generator.randrange(1, self.most), bound_s=0.5).chunks
                 except LeaseRefused:
                     continue
 
     def make_trouble(self) -> threading.Thread:
+        self._stop.clear()
         thread = threading.Thread(target=self.trouble)
         thread.start()
         return thread
