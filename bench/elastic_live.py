@@ -131,7 +131,7 @@ async def run_live(
     role_of = dict(zip(units(devices), roles, strict=True))
     chosen: dict[str, Any] = {"state": state} if isinstance(state, FifoState) else {}
     with tempfile.TemporaryDirectory(prefix="specgen-builds-") as cache:
-        pool = LocalPool(
+        pool: LocalPool = LocalPool(
             devices=devices, limits=limits, cache=Path(cache), config=config, **chosen,
             first_role=lambda slot: role_of[_unit(pool, slot)],
         )  # fmt: skip
