@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import venv
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,7 +137,7 @@ def _compare(target: str, expects: Signature, found: Signature | None) -> Findin
 
 def download_newest(folder: Path) -> Path:
     """The newest SGLang wheel for this Python, without its dependencies, through pip's own configuration."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [_python_with_pip(folder), "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
         done = subprocess.run(
             [*command, "--dest", str(folder), "sglang"], capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S
@@ -149,6 +151,17 @@ def download_newest(folder: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise SpecGenError(f"pip download sglang: {reason}; give --check-wheel FILE")
     return wheels[-1]
+
+
+def _python_with_pip(folder: Path) -> str:
+    """This interpreter, or, in an environment without pip (uv makes such), one in `folder` with Python's own pip."""
+    if find_spec("pip") is not None:
+        return sys.executable
+    try:
+        venv.create(folder / "pip", with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SpecGenError(f"no pip here, and none can be set up ({error}); give --check-wheel FILE") from None
+    return str(folder / "pip" / "bin" / "python")
 
 
 def lines_of(report: Report) -> Iterator[str]:

@@ -80,7 +80,9 @@ class CheckpointKv:
         return int(req.kv.cache_protected_len)
 
     def released(self, req: Any) -> int:
-        return int(req.kv.swa_evicted_seqlen)
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
+        return int(req.kv.get_evicted_seqlen(ComponentType.SWA))
 
     def publish(self, req: Any, length: int, tree_cache: Any) -> None:
         req.refresh_fill_ids()

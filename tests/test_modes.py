@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from specgen_engine import modes
@@ -38,10 +39,17 @@ ON: dict[str, dict[str, Any]] = {
 }
 
 
+def defaults_of(server_args: type) -> dict[str, Any]:
+    """SGLang's own defaults; its arguments were a dataclass in 0.5.17 and are a msgspec structure in 0.5.23."""
+    if dataclasses.is_dataclass(server_args):
+        return {field.name: field.default for field in dataclasses.fields(server_args)}
+    return {field.name: field.default for field in msgspec.structs.fields(server_args)}
+
+
 def test_each_refused_mode_is_refused_by_itself_with_its_reason() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+    defaults = defaults_of(ServerArgs)
     assert modes.refusals(SimpleNamespace(**defaults)) == []
     assert set(ON) == {mode.name for mode in modes.MODES if mode.is_on is not None}
     for name, values in ON.items():

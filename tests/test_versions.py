@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import subprocess
+import sys
 import zipfile
+from array import array
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -107,3 +111,26 @@ def test_the_installed_releases_row_is_right() -> None:
         expects = versions.expected(target, usual or (), versions.current())
         if expects is not None:
             assert signatures.signature_of(target, read) == expects, target
+
+
+def test_an_environment_without_pip_gets_one_for_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert signatures._python_with_pip(tmp_path) == sys.executable or find_spec("pip") is None
+    monkeypatch.setattr(signatures, "find_spec", lambda name: None)
+    python = signatures._python_with_pip(tmp_path)
+    assert python != sys.executable
+    done = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, text=True, timeout=60)
+    assert str(tmp_path) in done.stdout
+
+
+def test_the_row_of_the_installed_release_reads_sglangs_own_request() -> None:
+    from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    req = Req("r", "", array("q", [1, 2, 3]), SamplingParams())
+    kv = versions.current().kv
+    assert not kv.held(req)
+    if req.kv is None:  # 0.5.17 makes it with the first allocation
+        req.kv = ReqKvInfo(kv_allocated_len=3, swa_evicted_seqlen=2)
+    else:
+        req.kv.component_evicted_seqlens[1] = 2  # ComponentType.SWA, an integer
+    assert (kv.committed(req), kv.in_tree(req), kv.released(req)) == (0, 0, 2)

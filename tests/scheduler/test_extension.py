@@ -1,4 +1,7 @@
-"""The scheduler extension against a mock scheduler: what it publishes, where it inserts, whom it moves."""
+"""The scheduler extension against a mock scheduler: what it publishes, where it inserts, whom it moves.
+
+The mock keeps a request's KV in the shape of every release in the table of versions, and every test runs on each.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from specgen_engine import versions
 from specgen_engine.config import SpecGenConfig
 from specgen_engine.errors import HookError
 from specgen_engine.protocol import EndSearch, ForkPoint, TriggerFired, WatchSearch, fork_rid
@@ -16,8 +20,14 @@ from specgen_engine.scheduler.hooks import attach, internal_state, queued, retra
 PROMPT = [1, 2, 3, 4]
 
 
+@pytest.fixture(autouse=True, params=versions.RELEASES, ids=lambda release: release.version)
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> versions.Release:
+    monkeypatch.setattr(versions, "current", lambda: request.param)
+    return request.param
+
+
 class Tree:
-    """cache_unfinished_req as SGLang does it: the pages of the fill range are in the tree afterwards."""
+    """As SGLang does it: the pages of the fill range (0.5.17) or up to a length (0.5.23) are in the tree afterwards."""
 
     is_eagle = False
 
@@ -27,11 +37,34 @@ class Tree:
     def cache_unfinished_req(self, req: Req) -> None:
         req.cache_protected_len = req.extend_range.end // self.page_size * self.page_size
 
+    def checkpoint(self, req: Req, up_to: int) -> None:
+        assert req.filled, "checkpoint reads the fill ids"
+        req.cache_protected_len = up_to // self.page_size * self.page_size
+
     def evictable_size(self) -> int:
         return 0
 
     def supports_swa(self) -> bool:
         return False
+
+
+class Kv:
+    """Where 0.5.23 keeps what 0.5.17 has on the request itself."""
+
+    def __init__(self, req: Req) -> None:
+        self.req = req
+
+    @property
+    def holds_kv(self) -> bool:
+        return self.req.req_pool_idx is not None
+
+    @property
+    def kv_committed_len(self) -> int:
+        return self.req.kv_committed_len
+
+    @property
+    def cache_protected_len(self) -> int:
+        return self.req.cache_protected_len
 
 
 class Req:
@@ -43,11 +76,15 @@ class Req:
         self.extend_range: Any = SimpleNamespace(start=0, end=len(prompt))
         self.is_retracted, self.retraction_count, self.done = False, 0, False
         self.sampling_params = SimpleNamespace(max_new_tokens=max_new)
+        self.kv, self.filled = Kv(self), False
 
     def finished(self) -> bool:
         return self.done
 
     def _refresh_fill_ids(self) -> None: ...
+
+    def refresh_fill_ids(self) -> None:
+        self.filled = True
 
     def set_extend_range(self, start: int, end: int) -> None:
         self.extend_range = SimpleNamespace(start=start, end=end)
@@ -57,7 +94,7 @@ class Batch:
     def __init__(self, *reqs: Req) -> None:
         self.reqs, self.batch_is_full, self.fits = list(reqs), True, len(reqs)
 
-    def release_req(self, index: int, remaining: int, server_args: Any) -> None:
+    def release_req(self, index: int, remaining: int, server_args: Any = None) -> None:
         req = self.reqs[index]
         req.req_pool_idx, req.is_retracted = None, True
         req.retraction_count += 1
