@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from specgen_engine.evaluation import timed
 from specgen_engine.evaluation.sandbox import PROCESS
-from specgen_engine.evaluation.timed import MIN_REPEATS, ON_CPU, ON_GPU, Pace, Timed
+from specgen_engine.evaluation.timed import MIN_BLOCKS, MIN_REPEATS, ON_CPU, ON_GPU, Pace, Timed
 from specgen_engine.evaluation.timing import RUN_TO_RUN, Speedup, stated
 
 REFERENCE_NS, CANDIDATE_NS, AROUND_NS = 7_000_000, 100_000, 150_000
@@ -30,26 +31,32 @@ class FakeClock:
 
 
 def a_timing(
-    monkeypatch: pytest.MonkeyPatch, pace: Pace, lie: float = 1.0, ns: int = CANDIDATE_NS
+    monkeypatch: pytest.MonkeyPatch,
+    pace: Pace,
+    lie: float = 1.0,
+    ns: int = CANDIDATE_NS,
+    load_ns: Callable[[], int] = lambda: 0,
 ) -> tuple[Timed, list[tuple[str, int]]]:
     """A Timed whose judge and candidate answer at fixed speeds; the candidate tells 1/lie of its time. And what was
-    asked: (who, calls)."""
+    asked: (who, calls). load_ns(): what others' load on the host adds to a block of the candidate's."""
     clock, asked = FakeClock(), []
     judge = SimpleNamespace(pid=1, kind="judge", ns=REFERENCE_NS, lie=1.0)
     child = SimpleNamespace(pid=2, kind="candidate", ns=ns, lie=lie)
 
     def reply(who: Any, *_: object) -> dict[str, Any]:
         count = asked[-1][1]
-        clock.now += count * (who.ns + AROUND_NS)
+        clock.now += count * (who.ns + AROUND_NS) + (load_ns() if who is child else 0)
         return {"ns": [int(who.ns / who.lie)] * count}
 
     worker = SimpleNamespace(
         device="cuda:0",
         on_gpu=True,
         level=PROCESS,
-        limits=SimpleNamespace(threads=1),
-        ask=lambda who, message: asked.append((who.kind, len(message["sequence"]))),
-        reply=reply,
+        limits=SimpleNamespace(threads=1, check_s=3, time_s=10, timing_budget_s=5, precision=0.03),
+        gpu_state=None,
+        ask=lambda who, message: asked.append((who.kind, len(message["sequence"]))) if "sequence" in message else None,
+        reply=lambda who, *rest: reply(who, *rest) if asked else {},
+        wait=time.sleep,
     )
     monkeypatch.setattr(timed, "time", clock)
     monkeypatch.setattr(timed, "supervisor_clock", lambda *_: clock.perf_counter_ns)
@@ -58,6 +65,9 @@ def a_timing(
     self.limits = worker.limits
     self.deadline, self.own_s, self.reference_repeats, self.fresh = time.monotonic() + 60, 0.0, timed.MAX_REPEATS, []
     self.reference, self.repeats, self.unseen, self.idle, self.goes_on = [], [], [], [], []
+    self.checks, self.lent, self.use, self.conditions, self.asked_again = 2, False, "turn", {}, ""
+    self.stages, self.steps, self.waited_s = {}, {}, 0.0
+    self._layout = self._show = lambda slot: None  # type: ignore[method-assign]
     return self, asked
 
 
@@ -93,6 +103,61 @@ def test_an_honest_candidate_passes_and_one_that_tells_less_than_half_does_not(m
     blocks_of(liar)
     with pytest.raises(timed.Ended, match="less time than the supervisor's clock saw"):
         liar._reject_tricks()
+
+
+def blocks_asked(asked: list[tuple[str, int]]) -> int:
+    return sum(who == "candidate" for who, _ in asked)
+
+
+FIRST_SERIES = 1 + MIN_BLOCKS
+"""Blocks of a candidate that nothing speaks against: the first call on each slot, and the measured ones."""
+
+
+@pytest.mark.parametrize("pace", [ON_CPU, ON_GPU])
+def test_nobody_is_asked_again_without_a_reason(monkeypatch, pace: Pace) -> None:
+    honest, asked = a_timing(monkeypatch, pace)
+    assert honest._time().candidate_ms == pytest.approx(CANDIDATE_NS / 1e6)
+    assert blocks_asked(asked) == FIRST_SERIES
+    assert "asked_again" not in honest.conditions
+
+
+@pytest.mark.parametrize("pace", [ON_CPU, ON_GPU])
+def test_a_load_that_passes_condemns_nobody_and_its_blocks_are_left_out(monkeypatch, pace: Pace) -> None:
+    loaded, _ = a_timing(monkeypatch, pace, load_ns=lambda: 0 if loaded.asked_again else 90_000_000)
+    loaded._time()
+    assert len(loaded.unseen) == MIN_BLOCKS
+    assert max(extra for extra, _ in loaded.unseen) < 90_000_000
+    assert "less time than" in loaded.conditions["asked_again"]
+
+
+@pytest.mark.parametrize("pace", [ON_CPU, ON_GPU])
+def test_a_liar_is_asked_once_more_and_rejected(monkeypatch, pace: Pace) -> None:
+    liar, asked = a_timing(monkeypatch, pace, lie=2.5, ns=1_000_000)
+    with pytest.raises(timed.Ended, match="less time than the supervisor's clock saw"):
+        liar._time()
+    assert blocks_asked(asked) == FIRST_SERIES + MIN_BLOCKS
+
+
+def test_a_liar_who_is_honest_when_asked_again_has_the_honest_figure(monkeypatch) -> None:
+    turned, asked = a_timing(monkeypatch, ON_GPU, ns=1_000_000)
+    reply = turned.worker.reply
+
+    def answers(who: Any, *rest: object) -> dict[str, Any]:
+        said = reply(who, *rest)
+        lies = who is turned.child and blocks_asked(asked) <= FIRST_SERIES
+        return {"ns": [ns // 4 for ns in said["ns"]]} if lies and "ns" in said else said
+
+    turned.worker.reply = answers  # type: ignore[method-assign]
+    assert turned._time().candidate_ms == pytest.approx(1.0)
+    assert set(turned.repeats) == {1_000_000}
+
+
+def test_without_time_for_a_second_series_the_first_decides(monkeypatch) -> None:
+    liar, asked = a_timing(monkeypatch, ON_GPU, lie=2.5, ns=1_000_000)
+    liar.limits.time_s = timed.CALMER_S / 2
+    with pytest.raises(timed.Ended, match="less time than the supervisor's clock saw"):
+        liar._time()
+    assert blocks_asked(asked) == FIRST_SERIES
 
 
 def test_the_interval_told_holds_what_a_second_run_differs_by() -> None:
