@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from enum import StrEnum
 from typing import NamedTuple
 
 Gpu = int | str
 """Its number, or in a live pool its name (host and device)."""
+
+REMEMBERED = 256  # stretches of work of a GPU, apart from each other, that a job may still overlap
 
 
 class Outcome(StrEnum):
@@ -35,6 +37,7 @@ class Account:
         self._busy: dict[Gpu, float] = {}
         self._present: dict[Gpu, float] = {}
         self._joined: dict[Gpu, float] = {}
+        self._worked: dict[Gpu, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
 
     def join(self, gpu: Gpu, now: float) -> None:
         """A GPU is in the pool from now on. Raises ValueError when it is already."""
@@ -50,14 +53,30 @@ class Account:
             raise ValueError(f"gpu={gpu}: it is not in the pool")
         self._present[gpu] += now - self._joined.pop(gpu)
 
-    def record(self, search: str, stage: str, outcome: Outcome, gpu: Gpu, seconds: float) -> None:
-        """Raises ValueError when seconds is negative or the GPU never joined."""
+    def record(
+        self, search: str, stage: str, outcome: Outcome, gpu: Gpu, seconds: float, ended: float | None = None
+    ) -> None:
+        """ended: when that work ended, none before the last recorded one's; needed where several workers share a GPU,
+        which is busy while one of them is: each search pays for its own seconds, the GPU's share counts them once.
+
+        Raises ValueError when seconds is negative or the GPU never joined.
+        """
         if not seconds >= 0:
             raise ValueError(f"seconds={seconds}: use a number of at least 0")
         if gpu not in self._busy:
             raise ValueError(f"gpu={gpu}: it never joined the pool")
         self.seconds[Spent(search, stage, outcome)] += seconds
-        self._busy[gpu] += seconds
+        self._busy[gpu] += seconds if ended is None else self._not_yet_counted(gpu, ended - seconds, ended)
+
+    def _not_yet_counted(self, gpu: Gpu, began: float, ended: float) -> float:
+        """Of [began, ended], the seconds in which no recorded work of this GPU lies."""
+        worked, counted = self._worked[gpu], 0.0
+        while worked and worked[-1][1] >= began:
+            low, high = worked.pop()
+            counted += high - low
+            began, ended = min(began, low), max(ended, high)
+        worked.append((began, ended))
+        return ended - began - counted
 
     def utilisation(self, now: float) -> dict[Gpu, float]:
         """Busy share by GPU, 0 to 1, over the time that each was in the pool; 0 for one that has just joined."""

@@ -143,7 +143,7 @@ class Ledger:
         now = time.monotonic()
         if busy_s is None:
             busy_s = 0.0 if job.busy_since is None else now - job.busy_since
-        self.account.record(job.order.search, job.order.stage, outcome, unit, busy_s)
+        self.account.record(job.order.search, job.order.stage, outcome, unit, busy_s, now)
         if self.metrics is not None:
             self.metrics.record(job.order.search, job.order.stage, outcome, busy_s)
             self.metrics.shares(self.account.utilisation(now))

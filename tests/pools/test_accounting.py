@@ -29,6 +29,18 @@ def test_seconds_add_up_by_search_stage_and_outcome() -> None:
     assert one.total() == 56.0
 
 
+def test_a_gpu_with_several_workers_is_busy_while_one_of_them_is() -> None:
+    """Ends at 4, 5, 7 and 20 s: 0-4, 1-5, 6-7, and one that began at 3 s and spans them all but the first 3 s."""
+    one = Account()
+    one.join(0, 0.0)
+    for search, seconds, ended in (("a", 4.0, 4.0), ("b", 4.0, 5.0), ("a", 1.0, 7.0)):
+        one.record(search, "validate", Outcome.USEFUL, 0, seconds, ended)
+    assert one.utilisation(10.0) == {0: pytest.approx(0.6)}
+    one.record("b", "validate", Outcome.USEFUL, 0, 17.0, 20.0)
+    assert one.utilisation(20.0) == {0: pytest.approx(1.0)}
+    assert one.by_search() == {"a": 5.0, "b": 21.0}
+
+
 def test_utilisation_counts_only_the_time_that_a_gpu_was_there() -> None:
     one = account()
     assert one.utilisation(200.0) == {0: 0.5, 1: pytest.approx(6 / 50)}
