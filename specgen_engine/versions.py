@@ -7,7 +7,7 @@ A row is marked tested when `make test-latest` has passed on its release. What m
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version as installed
@@ -92,6 +92,16 @@ class CheckpointKv:
         batch.release_req(index, len(batch.reqs) - 1)
 
 
+def parallel_of_scheduler(scheduler: Any) -> Any:
+    return scheduler.ps
+
+
+def parallel_of_process(scheduler: Any) -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel()
+
+
 BATCH = "sglang.srt.managers.schedule_batch"
 
 # What we call beside the hooks, in every release: SGLang's function and its parameters.
@@ -114,12 +124,14 @@ CALLED: Mapping[str, Signature] = {
 class Release:
     """What a release differs in. `moved` overrides what a hook or CALLED expects; None: not called there.
 
+    parallel: where a scheduler's ranks and sizes are kept (tp_rank, pp_size).
     tested: the whole suite has passed on it. Without that it is served only where the operator allows it.
     """
 
     version: str
     kv: RequestKv
     moved: Mapping[str, Signature | None] = field(default_factory=dict)
+    parallel: Callable[[Any], Any] = parallel_of_scheduler
     tested: bool = True
 
 
@@ -138,6 +150,7 @@ RELEASES: tuple[Release, ...] = (
             f"{BATCH}.Req.refresh_fill_ids": ("self",),
             "sglang.srt.mem_cache.radix_cache.RadixCache.checkpoint": ("self", "req", "up_to"),
         },
+        parallel_of_process,
         tested=False,
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from specgen_engine import plugin
+from specgen_engine import plugin, versions
 from specgen_engine.errors import HookError
 from specgen_engine.modes import tree_refusal
 from specgen_engine.protocol import EndSearch, ForkPoint, ReplayScript, WatchSearch, is_fork, register_messages
@@ -36,7 +36,7 @@ def attach(_result: None, scheduler: Any) -> None:
 
 def init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     targets = [hook.target for hook in plugin.HOOKS if hook.process == "scheduler" and plugin.is_applied(hook)]
-    return {**info, "specgen": {"hooks": targets, "rank": scheduler.ps.tp_rank}}
+    return {**info, "specgen": {"hooks": targets, "rank": versions.current().parallel(scheduler).tp_rank}}
 
 
 def process_batch_result(_result: None, scheduler: Any, batch: Any, result: Any) -> None:

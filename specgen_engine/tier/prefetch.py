@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from specgen_engine import versions
 from specgen_engine.protocol import is_fork
 from specgen_engine.tier.policy import Waiting, prefetches, spare_tokens
 
@@ -89,7 +90,7 @@ def promised_tokens(reqs: Iterable[Any], chunked: Any, ratio: float) -> int:
 def after_admissions(scheduler: Any, batch: Any, running: Any) -> None:
     """At the end of a step's admissions; nothing where the radix cache is not the tier's, or layers are pipelined."""
     prefetcher = getattr(scheduler.tree_cache, "prefetcher", None)
-    if prefetcher is None or scheduler.ps.pp_size > 1:
+    if prefetcher is None or versions.current().parallel(scheduler).pp_size > 1:
         return
     reqs = [*running.reqs, *(batch.reqs if batch is not None else ())]
     promised = promised_tokens(reqs, scheduler.chunked_req, scheduler.new_token_ratio_tracker.current)
