@@ -18,6 +18,7 @@ from specgen_engine.replay.trace import load_traces
 from specgen_engine.serving.command import Launch, prepare
 from specgen_engine.serving.preload import Template
 from specgen_engine.serving.process import Server, running_server
+from tests.server_log import traceback_in
 
 BUNDLED = Path(__file__).parents[2] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"
 TASK = load_traces([BUNDLED])[0].task_source
@@ -94,6 +95,6 @@ def start_server(template: Template, tmp_path_factory: pytest.TempPathFactory) -
             yield Client(server)
         text = log.read_text(errors="replace")
         assert "memory leak" not in text.lower(), text[-3000:]
-        assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
+        assert not traceback_in(text), traceback_in(text)
 
     return start

@@ -22,6 +22,7 @@ from specgen_engine.serving.preload import Template
 from specgen_engine.serving.process import Server, running_server
 from tests.live.collector import Collector
 from tests.live.recording import TASK, reach, write_trace
+from tests.server_log import traceback_in
 
 KEY, ADMIN = "user-key", "admin-key"
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
@@ -85,7 +86,7 @@ def live(template: Template, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Live(server, collector, secret, frozenset({one.pid for one in family} - workers))
     text = log.read_text(errors="replace")
     collector.close()
-    assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
+    assert not traceback_in(text), traceback_in(text)
 
 
 @pytest.fixture
