@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from specgen_engine import config, modes, plugin
+from specgen_engine import config, modes, plugin, versions
 from specgen_engine.errors import SpecGenError
 
 
@@ -26,6 +26,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
         plugin.check_release()
         settings = config.from_arguments(args)
         if settings.kv.tier != "off":
+            if refused := versions.tier_refusal(versions.current()):
+                raise SpecGenError(f"--specgen-kv {settings.kv.tier}: {refused}")
             from specgen_engine.tier.hooks import prepare_arguments
 
             settings = prepare_arguments(args, settings)

@@ -125,6 +125,7 @@ class Release:
     """What a release differs in. `moved` overrides what a hook or CALLED expects; None: not called there.
 
     parallel: where a scheduler's ranks and sizes are kept (tp_rank, pp_size).
+    kv_tier: whether it has HiRadixCache, which the remote KV tier is built on.
     tested: the whole suite has passed on it. Without that it is served only where the operator allows it.
     """
 
@@ -132,6 +133,7 @@ class Release:
     kv: RequestKv
     moved: Mapping[str, Signature | None] = field(default_factory=dict)
     parallel: Callable[[Any], Any] = parallel_of_scheduler
+    kv_tier: bool = True
     tested: bool = True
 
 
@@ -151,6 +153,7 @@ RELEASES: tuple[Release, ...] = (
             "sglang.srt.mem_cache.radix_cache.RadixCache.checkpoint": ("self", "req", "up_to"),
         },
         parallel_of_process,
+        kv_tier=False,
         tested=False,
     ),
 )  # fmt: skip
@@ -194,6 +197,16 @@ def refusal(version: str, moved: list[str], environ: Mapping[str, str] = os.envi
     return (
         f"SGLang {version} is none of the releases that SpecGen engine is tested on ({tested}): {hooks}. "
         f"Install one of these, or set {ALLOW}={version} to try it"
+    )
+
+
+def tier_refusal(release: Release) -> str | None:
+    """Why the remote KV tier can't be had on a release, or None."""
+    if release.kv_tier:
+        return None
+    able = ", ".join(one.version for one in RELEASES if one.kv_tier)
+    return (
+        f"SGLang {release.version} has no HiRadixCache, which the remote KV tier is built on: use off, or SGLang {able}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from specgen_engine import arguments, config, plugin
+from specgen_engine import arguments, config, plugin, versions
 from specgen_engine.errors import ConfigError
 from specgen_engine.replay.trace import BUNDLED
 
@@ -237,3 +237,14 @@ def test_a_release_that_is_not_tested_is_refused_before_anything_is_read(
     with pytest.raises(SystemExit):
         read("--enable-specgen", "--specgen-history", "none")
     assert "SGLang 0.6.99 is none of the releases" in capsys.readouterr().err
+
+
+def test_the_tier_is_refused_on_a_release_that_it_is_not_built_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "current", lambda: versions.release_of("0.5.23"))
+    with pytest.raises(SystemExit):
+        read("--enable-specgen", "--specgen-kv", "host")
+    said = capsys.readouterr().err
+    assert said.startswith("specgen: --specgen-kv host: SGLang 0.5.23 has no HiRadixCache")
+    assert said.strip().endswith("use off, or SGLang 0.5.17")

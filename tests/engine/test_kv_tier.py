@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+import tests.tier.support  # noqa: F401  (skipped where that is)
 from specgen_engine.kv.base import LeaseRefused
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import tests.tier.support  # noqa: F401  (skipped where that is)
 from tests.engine.conftest import Client, StartServer
 from tests.engine.test_kv_tier import Lenders, state
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.tier.support  # noqa: F401  (skipped where that is)
 from tests.engine.conftest import Client, StartServer
 from tests.engine.test_kv_tier import LENGTH, PROMPTS, prompt, state
 

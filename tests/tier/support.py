@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
+from specgen_engine import versions
 from specgen_engine.kv.arena import PageArena
 from specgen_engine.kv.base import Backend
 from specgen_engine.kv.cuda import CudaBackend
@@ -23,6 +25,8 @@ from specgen_engine.tier.base import page_shape
 from specgen_engine.tier.lenders import Lenders
 from specgen_engine.tier.metrics import Stats
 
+if refused := versions.tier_refusal(versions.current()):
+    pytest.skip(refused, allow_module_level=True)
 if not torch.cuda.is_available():  # as SGLang's CPU engine is started: read when SGLang is imported
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     sys.path.insert(0, str(STUB))

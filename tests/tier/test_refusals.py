@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import tests.tier.support  # noqa: F401  (skipped where that is)
 from specgen_engine.config import KvConfig, SpecGenConfig
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
