@@ -17,7 +17,7 @@ import tests.tier.support  # noqa: F401  (skipped where that is)
 from tests.engine.conftest import Client, StartServer
 from tests.engine.test_kv_tier import Lenders, state
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POOL, PREFIX, RUNNING = 1024, 150, 2
 

@@ -72,7 +72,7 @@ def test_killed_at_three_random_points_it_ends_as_unbroken(replaying: Client, tm
     points, cut, kills = random.Random(seed), tmp_path / "cut", 0
     for _ in range(3):
         process = start(replaying, cut)
-        time.sleep(points.uniform(3.0, unbroken["seconds"] / 2 + 3.0))
+        time.sleep(points.uniform(2.0, unbroken["seconds"] / 3 + 2.0))
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
