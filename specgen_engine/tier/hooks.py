@@ -50,7 +50,7 @@ def radix_cache(original: Callable[[Any], Any], ctx: Any) -> Any:
 
 def prefetch(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     """After a step's admissions: prefixes of requests that still wait are fetched from the tier."""
-    if scheduler.waiting_queue:
+    if scheduler.waiting_queue and _has_tier(scheduler):
         from specgen_engine.tier.prefetch import after_admissions
 
         after_admissions(scheduler, *result)
@@ -58,11 +58,18 @@ def prefetch(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
 
 def internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
     """`specgen_kv` in /server_info: counts, and the books of arena and pool, recounted."""
+    if not _has_tier(scheduler):
+        return result
     from specgen_engine.tier.build import describe
 
     if (state := describe(scheduler)) is not None:
         result.internal_state["specgen_kv"] = state
     return result
+
+
+def _has_tier(scheduler: Any) -> bool:
+    """Asked before anything of the tier is imported: not every release has what it is built on."""
+    return hasattr(scheduler.tree_cache, "prefetcher")
 
 
 def _with_lenders(kv: KvConfig) -> KvConfig:
