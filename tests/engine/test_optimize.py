@@ -26,7 +26,7 @@ LONGEST_S = 600
 def replaying(start_server: StartServer) -> Iterator[Client]:
     """Ends each reasoning at the first correct kernel: with one worker that is always the first fork's."""
     with start_server(
-        "--tiny", "--replay", str(BUNDLED), "--specgen-trigger", "every:400", "--specgen-termination", "correct"
+        "--tiny", "--replay", str(BUNDLED), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"
     ) as client:
         yield client
 
@@ -72,7 +72,7 @@ def test_killed_at_three_random_points_it_ends_as_unbroken(replaying: Client, tm
     points, cut, kills = random.Random(seed), tmp_path / "cut", 0
     for _ in range(3):
         process = start(replaying, cut)
-        time.sleep(points.uniform(2.0, unbroken["seconds"] / 3 + 2.0))
+        time.sleep(points.uniform(3.0, unbroken["seconds"] / 2 + 3.0))
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
