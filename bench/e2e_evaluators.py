@@ -8,39 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from bench.spans import Span, common, length, union
 from specgen_engine.pools.base import busy_seconds
 
 Row = Mapping[str, Any]
-
-
-class Span(NamedTuple):
-    """Seconds of a phase's clock."""
-
-    start: float
-    end: float
-
-
-def union(spans: Iterable[Span]) -> list[Span]:
-    """The same time, ascending, without overlaps."""
-    found: list[Span] = []
-    for span in sorted(one for one in spans if one.end > one.start):
-        if found and span.start <= found[-1].end:
-            found[-1] = Span(found[-1].start, max(found[-1].end, span.end))
-        else:
-            found.append(span)
-    return found
-
-
-def length(spans: Iterable[Span]) -> float:
-    return sum(span.end - span.start for span in spans)
-
-
-def common(first: Sequence[Span], second: Sequence[Span]) -> float:
-    """Seconds that two unions share."""
-    return sum(max(0.0, min(a.end, b.end) - max(a.start, b.start)) for a in first for b in second)
 
 
 def shares(rows: Sequence[Row], evaluators: int) -> dict[str, float | None]:

@@ -15,13 +15,13 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.elastic_sim import FifoState, Simulation, parse_policy, percentile
 from bench.elastic_workload import Candidate, Workload
+from bench.spans import Span, common, length, union
 from specgen_engine.evaluation import base
 from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.pools.base import JobStage, busy_seconds
@@ -180,28 +180,12 @@ def _brief(row: Ran) -> str:
     return f"{row.role} {row.status} {row.gpu} {row.queued:.2f} {row.began:.2f} {row.ended:.2f} busy {row.busy_s:.2f}"
 
 
-def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The union of intervals (low, high), as intervals that don't touch, in order."""
-    out: list[tuple[float, float]] = []
-    for low, high in sorted(intervals):
-        if out and low <= out[-1][1]:
-            out[-1] = out[-1][0], max(out[-1][1], high)
-        else:
-            out.append((low, high))
-    return out
-
-
-def busy_intervals(rows: list[Ran]) -> dict[str, list[tuple[float, float]]]:
+def busy_intervals(rows: list[Ran]) -> dict[str, list[Span]]:
     """When each GPU worked for one of its workers or several."""
-    own: dict[str, list[tuple[float, float]]] = {}
+    own: dict[str, list[Span]] = {}
     for row in rows:
-        own.setdefault(row.gpu, []).append((row.ended - row.busy_s, row.ended))
-    return {gpu: merged(intervals) for gpu, intervals in own.items()}
-
-
-def overlap(some: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
-    """Seconds that are in both unions."""
-    return sum(max(0.0, min(one[1], other[1]) - max(one[0], other[0])) for one in some for other in others)
+        own.setdefault(row.gpu, []).append(Span(row.ended - row.busy_s, row.ended))
+    return {gpu: union(intervals) for gpu, intervals in own.items()}
 
 
 def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str, float]:
@@ -213,14 +197,14 @@ def figures_of(rows: list[Ran], arrivals: list[Arrival], gpus: int) -> dict[str,
     feedback = [last[arrival.number] - first[arrival.number] for arrival in arrivals]
     end = max(row.ended for row in rows)
     busy = list(busy_intervals(rows).values())
-    waits = merged((row.queued, row.began) for row in rows if row.began > row.queued)
-    waits_s = sum(high - low for low, high in waits)
+    waits = union(Span(row.queued, row.began) for row in rows)
+    waits_s = length(waits)
     return {
         "mean_feedback_s": statistics.fmean(feedback),
         "p50_feedback_s": percentile(feedback, 0.5),
         "p95_feedback_s": percentile(feedback, 0.95),
-        "utilisation_whole": sum(overlap(one, [(0.0, end)]) for one in busy) / (gpus * end),
-        "utilisation": sum(overlap(one, waits) for one in busy) / (gpus * waits_s) if waits_s else 1.0,
+        "utilisation_whole": sum(common(one, [Span(0.0, end)]) for one in busy) / (gpus * end),
+        "utilisation": sum(common(one, waits) for one in busy) / (gpus * waits_s) if waits_s else 1.0,
     }
 
 

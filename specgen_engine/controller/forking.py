@@ -57,10 +57,6 @@ class Forks:
         self._last = 0
         self._feedback = ""
 
-    @property
-    def tokens(self) -> int:
-        return sum(fork.tokens for fork in self.record.forks)
-
     def make(self, message: TriggerFired, base: Output, best: float) -> None:
         """Fork the base where the trigger fired, unless the adaptive policy or a cap is against it.
 
@@ -70,7 +66,7 @@ class Forks:
             return
         running = sum(record.state == "running" for record in self._by_rid.values())
         position = message.reasoning_tokens
-        view = View(position - self._last, best, position, len(self.record.forks), self.tokens, running)
+        view = View(position - self._last, best, position, len(self.record.forks), self.record.fork_tokens, running)
         if name_of(message.trigger) == ADAPTIVE and not self._wanted(view):
             return
         if name_of(message.trigger) != ASKED and self._too_late(message):

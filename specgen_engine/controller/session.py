@@ -363,7 +363,9 @@ class Session:
         return len(self._base.ids)
 
     def _progress(self) -> Progress:
-        return Progress(self._now(), self._reasoned(), self._reasoned() + self._forks.tokens, self.record.evaluation_s)
+        return Progress(
+            self._now(), self._reasoned(), self._reasoned() + self.record.fork_tokens, self.record.evaluation_s
+        )
 
     def _on_fork(self, record: ForkRecord, output: Output | None, error: str) -> None:
         source = self._forks.finish(record, output, error)

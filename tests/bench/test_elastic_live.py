@@ -14,12 +14,12 @@ from bench.elastic_live import (
     Ran,
     busy_intervals,
     figures_of,
-    merged,
     recorded,
     simulated,
     synthetic,
     units,
 )
+from bench.spans import Span, union
 from specgen_engine.evaluation.base import Candidate
 from specgen_engine.pools.policy import PolicyConfig, Role
 
@@ -45,8 +45,9 @@ def test_figures_of_a_run_worked_out_by_hand() -> None:
 
 
 def test_a_gpu_is_busy_while_one_of_its_workers_is() -> None:
-    assert merged([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0), (0.6, 0.7), (2.0, 2.5)]) == [(0.0, 2.5), (3.0, 4.0)]
-    assert merged([]) == []
+    spans = [Span(3.0, 4.0), Span(0.0, 1.0), Span(0.5, 2.0), Span(0.6, 0.7), Span(2.0, 2.5)]
+    assert union(spans) == [(0.0, 2.5), (3.0, 4.0)]
+    assert union([]) == []
     rows = [
         Ran(0, V, 0.0, 0.0, 4.0, 3.0, "wrong", "a"),  # 1 to 4
         Ran(1, V, 0.0, 0.0, 5.0, 3.0, "wrong", "a"),  # 2 to 5, beside it

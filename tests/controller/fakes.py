@@ -193,6 +193,14 @@ class Rig:
     def fork(self, number: int, answer: str, finish: str = "stop") -> None:
         self.engine.forks[f"specgen-fork.base.{number}"].put_nowait(output(answer, {"type": finish}))
 
+    async def fork_one(self, name: str) -> None:
+        """A base that reasons, and its first fork's candidate in the pool."""
+        self.engine.say("reasoning on")
+        self.trigger(10)
+        await self.settle()
+        self.fork(1, module(name))
+        await self.settle()
+
     async def end_quietly(self) -> None:
         """However the search stands, the client goes."""
         self.session.close()

@@ -75,11 +75,7 @@ def test_a_slow_candidate_does_not_end_it_and_the_base_answers() -> None:
 def test_a_faster_fork_replaces_the_bases_own_unstreamed_answer() -> None:
     async def body() -> None:
         rig = Rig(termination="none")
-        rig.engine.say("reasoning on")
-        rig.trigger(10)
-        await rig.settle()
-        rig.fork(1, module("fork"))
-        await rig.settle()
+        await rig.fork_one("fork")
         rig.pool.judge("fork", 4.0)
         rig.engine.say("reasoning on\n</think>\n\n" + module("own"), {"type": "stop"})
         await rig.settle()
@@ -96,11 +92,7 @@ def test_a_faster_fork_replaces_the_bases_own_unstreamed_answer() -> None:
 def test_an_unjudged_own_answer_falls_only_to_a_kernel_faster_than_the_reference(speedup: float, wins: bool) -> None:
     async def body() -> None:
         rig = Rig(termination="none", grace_s=0.05)
-        rig.engine.say("reasoning on")
-        rig.trigger(10)
-        await rig.settle()
-        rig.fork(1, module("fork"))
-        await rig.settle()
+        await rig.fork_one("fork")
         rig.pool.judge("fork", speedup)
         rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
         await rig.end()
@@ -115,11 +107,7 @@ def test_an_unjudged_own_answer_falls_only_to_a_kernel_faster_than_the_reference
 def test_after_the_grace_the_bases_own_verdict_is_awaited_without_the_others(other: Status | float | None) -> None:
     async def body() -> None:
         rig = Rig(termination="none", grace_s=0.05)
-        rig.engine.say("reasoning on")
-        rig.trigger(10)
-        await rig.settle()
-        rig.fork(1, module("fork"))
-        await rig.settle()
+        await rig.fork_one("fork")
         if other is not None:
             rig.pool.judge("fork", None if other is Status.WRONG else 0.5)
         rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
