@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,35 @@ from tests.engine.conftest import BUNDLED, TASK, Client, StartServer
 
 ITERATIONS = 2
 LONGEST_S = 600
+ANSWER = """Softmax and the weight, in place.
+
+```python
+import torch.nn as nn
+
+
+class ModelNew(nn.Module):
+    def forward(self, x, weight):
+        return x.softmax(dim=-1).mul_(weight)
+```
+"""
 
 
 @pytest.fixture(scope="module")
-def replaying(start_server: StartServer) -> Iterator[Client]:
-    """Ends each reasoning at the first correct kernel: with one worker that is always the first fork's."""
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled reasoning, with one answer that needs no compiler at every fork: how soon a machine compiles
+    C++ would decide whether a reasoning ends by a verdict or by itself, and which fork's verdict that is."""
+    folder = tmp_path_factory.mktemp("recorded") / BUNDLED.name
+    shutil.copytree(BUNDLED, folder)
+    for answer in folder.glob("iter-1/fork-*.md"):
+        answer.write_text(ANSWER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def replaying(start_server: StartServer, recorded: Path) -> Iterator[Client]:
+    """Ends each reasoning at the first correct kernel."""
     with start_server(
-        "--tiny", "--replay", str(BUNDLED), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"
+        "--tiny", "--replay", str(recorded), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"
     ) as client:
         yield client
 
