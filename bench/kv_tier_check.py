@@ -7,7 +7,8 @@ For each backend two servers run the same model: one with the tier off and a poo
 time: every prompt, then every prompt with a suffix, whose prefix is then in the own cache of the first server and,
 evicted meanwhile, in the second one's tier. Shapes are the same, so tokens must be. Then once more while the lender
 takes chunks back: what is lost is computed again, in another shape, so that tokens may differ by rounding; how many did
-is reported, and no request may fail.
+is reported, and no request may fail. The servers are on GPU 0, the lender on the next where there is one; each row says
+which.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kv_tier_client import Client, random_ids
-from bench.kv_tier_servers import GPU_ARGUMENTS, LenderProcess, Options, lender
+from bench.kv_tier_servers import GPU_ARGUMENTS, LenderProcess, Options, gpu_beside, lender
 from bench.machine import new_report, write_report
 from specgen_engine.errors import SpecGenError
 from specgen_engine.serving.process import running_server
@@ -61,9 +62,11 @@ def revoked(client: Client, peer: LenderProcess, expected: list[list[int]]) -> d
 
 def check(options: Options, wait_for: Path | None) -> dict[str, Any]:
     """One row: how many of the answers agree, and where their prefixes came from."""
+    gpu = gpu_beside()
     row: dict[str, Any] = {"attention_backend": options.attention_backend, "prompts": PROMPTS, "tokens": TOKENS}
+    row["lender_gpu"] = gpu
     with ExitStack() as stack:
-        peer = stack.enter_context(lender(options, "1GiB", 2))
+        peer = stack.enter_context(lender(options, "1GiB", 2, gpu))
         tier = ["--specgen-kv", "peer", "--specgen-kv-directory", str(peer.folder), "--specgen-kv-chunk-mib", "2"]
         with ThreadPoolExecutor(2) as threads:
             plain = threads.submit(start, stack, options, "off", LARGE_POOL, [])

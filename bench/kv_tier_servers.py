@@ -72,6 +72,17 @@ def pool_tokens(longest: int) -> int:
     return longest + max(96, longest // 16)
 
 
+def gpu_beside(serving: int = 0) -> int:
+    """The first GPU that does not serve. On a host with one it is the same: every path of the tier, but no NVLink."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return next((gpu for gpu in range(pynvml.nvmlDeviceGetCount()) if gpu != serving), serving)
+    finally:
+        pynvml.nvmlShutdown()
+
+
 class LenderProcess:
     """A lender, told what to do by lines. `folder` holds its socket."""
 

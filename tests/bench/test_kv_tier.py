@@ -17,7 +17,7 @@ from bench.kv_tier_client import SUFFIX, Client
 from bench.kv_tier_decode import measure_under_decode
 from bench.kv_tier_measure import Plan, alone_prefixes, measure_alone, measure_at_once
 from bench.kv_tier_plot import plot
-from bench.kv_tier_servers import pool_tokens
+from bench.kv_tier_servers import gpu_beside, pool_tokens
 
 PLAN = Plan(
     (128, 256, 512), rounds=2, crowd=4, crowd_tokens=128, decodes=2, decode_tokens=400, loaded_tokens=128, pairs=3,
@@ -121,3 +121,12 @@ def test_many_at_once_and_beside_decodes(client: Client, tmp_path: Path) -> None
     report = {"rows": rows, "machine": machine, "attention_backend": "none", "commit": "none"}
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("gpus", "serving", "lender"), [(1, 0, 0), (2, 0, 1), (2, 1, 0), (4, 0, 1)])
+def test_the_lender_takes_a_gpu_that_does_not_serve_where_there_is_one(
+    gpus: int, serving: int, lender: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": gpus}.items():
+        monkeypatch.setattr(f"pynvml.{name}", lambda value=value: value)
+    assert gpu_beside(serving) == lender
