@@ -85,6 +85,11 @@ class EvaluationConfig(Section):
     check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")
     time_s: float = Field(default=30, gt=0, description="seconds the timing may take")
     task_s: float = Field(default=60, gt=0, description="seconds the task's reference may take for one set of inputs")
+    pause: float | None = Field(
+        default=None, ge=0, lt=1,
+        description="largest share of time that an engine stands still while candidates are timed on its device, 0: "
+        "never (default: 0.5 on a GPU, 0 on a CPU)",
+    )  # fmt: skip
     memory_gb: float = Field(default=8, gt=0, description="memory a candidate's process may take, in GiB")
     cache: Path | None = Field(
         default=None, description="folder of compiled candidates (default: SPECGEN_CACHE/builds)"

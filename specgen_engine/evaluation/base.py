@@ -98,7 +98,7 @@ class Verdict:
         candidate_graph (replays of the call as a CUDA graph) where it can be captured.
     conditions: of the GPU while it was timed: use (turn: other evaluations were kept off it; turn, quiet: KV copies
         too), clocks, temperature, power, throttling, each [before, after]. On either device asked_again: the suspicion
-        for which timing was made once more.
+        for which timing was made once more; engine: ran, when one that serves on the device did not stand still.
     max_abs_error, max_rel_error: largest over the elements compared last, where both are floating point.
     """
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .base import Stage, Status, Task
 from .buildcache import BuildFolder
 from .candidates.forms import detect_form
+from .engine_turn import engine_still
 from .gpulock import gpu_turn
 from .guards import Guard
 from .profile.base import AUTO
@@ -54,20 +56,29 @@ class Evaluation(Timed):
             self.waited_s += self.gpu.alone()
         if self.lent:
             self._await_quiet()
-        with self.stage(Stage.TIME):
+        with self._engine_still(), self.stage(Stage.TIME):
             result = self._time()
             self._check_hidden()
             with self.step("roofline"):
                 enforced = Guard.FLOOR not in self.off
                 self.roofline = share_of_roofline(worker, self.judge, self.checks, result.candidate_ms, enforced)
         if self.profile_by:
-            with self.stage(Stage.PROFILE):
+            with self._engine_still(), self.stage(Stage.PROFILE):
                 worker.stage = "profile"
                 self.profile = profile_candidate(worker, self._subjected(build.path, result), self.profile_by)
         if worker.on_gpu:
             with self.own():
                 self._extra_times()
         return result
+
+    @contextmanager
+    def _engine_still(self) -> Iterator[None]:
+        """What it takes to stop an engine that serves on this device is waiting, none of the candidate's time."""
+        with engine_still(self.worker.device, self.worker.wait) as stillness:
+            self.waited_s += stillness.waited_s
+            yield
+        if not stillness.kept:
+            self.conditions["engine"] = "ran"
 
     def _await_quiet(self) -> None:
         """Once the device is this evaluation's alone, so that copies are held off no longer than they must be."""

@@ -23,7 +23,7 @@ class GpuTurn:
 
     def __init__(self, device: str, between: Callable[[float], None]) -> None:
         self._between = between
-        self._fds = {name: _open(device, name) for name in ("room", "gate", "want")}
+        self._fds = {name: lock_file(device, name) for name in ("room", "gate", "want")}
 
     def share(self) -> float:
         """Enter beside others who don't time; returns the seconds waited."""
@@ -75,9 +75,15 @@ def gpu_turn(device: str, between: Callable[[float], None]) -> Iterator[GpuTurn]
         turn.close()
 
 
-def _open(device: str, lock: str) -> int:
+def lock_file(device: str, lock: str) -> int:
+    """An open descriptor of a device's lock file, the same file for all processes of this user; device: cpu, cuda:N."""
+    if device == "cpu":
+        return _open(Path(tempfile.gettempdir()) / f"specgen-cpu-{os.getuid()}.{lock}")
     index = device.partition(":")[2] or "0"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = visible.split(",")[int(index)].strip() if visible and int(index) < len(visible.split(",")) else index
-    path = Path(tempfile.gettempdir()) / f"specgen-gpu-{name}-{os.getuid()}.{lock}"
+    return _open(Path(tempfile.gettempdir()) / f"specgen-gpu-{name}-{os.getuid()}.{lock}")
+
+
+def _open(path: Path) -> int:
     return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

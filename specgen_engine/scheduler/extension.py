@@ -12,6 +12,7 @@ from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.entropy import top_k_entropy
 from specgen_engine.controller.thinking import Phase, PhaseState, ReasoningPhase, ThinkingStyle
 from specgen_engine.controller.triggers import Trigger, parse_trigger, wanted_logprobs, weighed
+from specgen_engine.evaluation.engine_turn import EngineTurn
 from specgen_engine.protocol import EndSearch, ForkPoint, ForkPointDone, TriggerFired, WatchSearch, is_fork, search_of
 from specgen_engine.scheduler.fork_point import holds_kv, insert_fork_point
 from specgen_engine.scheduler.policy import (
@@ -67,6 +68,7 @@ class SchedulerExtension:
         self.base_share = settings.scheduler.base_share
         self.watched: dict[str, Watched] = {}
         self.retracted = Retracted()
+        self.turn: EngineTurn | None = None
         self._pieces: dict[int, str] = {}
 
     # ---- control messages, broadcast to every rank

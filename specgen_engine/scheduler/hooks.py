@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from specgen_engine import plugin, versions
@@ -12,6 +13,7 @@ from specgen_engine.protocol import EndSearch, ForkPoint, ReplayScript, WatchSea
 from specgen_engine.replay import sampler
 from specgen_engine.scheduler.extension import SchedulerExtension
 from specgen_engine.scheduler.policy import keep_order
+from specgen_engine.scheduler.turns import engine_turn
 
 
 def attach(_result: None, scheduler: Any) -> None:
@@ -23,6 +25,7 @@ def attach(_result: None, scheduler: Any) -> None:
         raise HookError(f"--enable-specgen does not go with this model: {refused}")
     register_messages()
     extension = scheduler.specgen = SchedulerExtension(scheduler, settings)
+    extension.turn = engine_turn(scheduler.server_args.device, settings.evaluation.pause)
     if (follow := getattr(scheduler.tree_cache, "follow_searches", None)) is not None:
         follow(extension.watched)
 
@@ -37,6 +40,16 @@ def attach(_result: None, scheduler: Any) -> None:
 def init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     targets = [hook.target for hook in plugin.HOOKS if hook.process == "scheduler" and plugin.is_applied(hook)]
     return {**info, "specgen": {"hooks": targets, "rank": versions.current().parallel(scheduler).tp_rank}}
+
+
+def run_batch(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    if (turn := scheduler.specgen.turn) is not None:
+        turn.step()
+
+
+def on_idle(scheduler: Any) -> None:
+    if (turn := scheduler.specgen.turn) is not None:
+        turn.idle()
 
 
 def process_batch_result(_result: None, scheduler: Any, batch: Any, result: Any) -> None:
@@ -73,7 +86,8 @@ def queued(_result: None, scheduler: Any, req: Any, is_retracted: bool = False) 
 
 
 def internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """`specgen` in /server_info's internal_states: what was retracted, is free and is remembered of searches."""
+    """`specgen` in /server_info's internal_states: what was retracted, is free and is remembered of searches, and how
+    often and long the engine stood still for timed runs on its device (None: never does)."""
     extension = scheduler.specgen
     result.internal_state["specgen"] = {
         "forks_retracted": extension.retracted.forks,
@@ -81,6 +95,7 @@ def internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> 
         "free_tokens": scheduler.token_to_kv_pool_allocator.available_size(),
         "watched": len(extension.watched),
         "scripts": len(sampler.SCRIPTS),
+        "pauses": asdict(extension.turn.pauses) if extension.turn is not None else None,
     }
     return result
 

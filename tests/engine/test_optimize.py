@@ -48,9 +48,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def replaying(start_server: StartServer, recorded: Path) -> Iterator[Client]:
     """Ends each reasoning at the first correct kernel."""
-    with start_server(
-        "--tiny", "--replay", str(recorded), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"
-    ) as client:
+    words = ["--tiny", "--replay", str(recorded), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"]
+    with start_server(*words, "--specgen-evaluation-pause", "0.5") as client:
         yield client
 
 
@@ -90,6 +89,8 @@ def test_killed_at_three_random_points_it_ends_as_unbroken(replaying: Client, tm
     whole = tmp_path / "whole"
     unbroken = finish(start(replaying, whole), whole)
     assert [one["generation"]["search"]["ended_by"] for one in unbroken["attempts"]] == ["criterion"] * ITERATIONS
+    state = replaying.get("/server_info").json()["internal_states"][0]["specgen"]
+    assert state["pauses"]["count"] >= ITERATIONS, "the engine decoded while candidates were timed"
 
     seed = random.randrange(1 << 30)
     points, cut, kills = random.Random(seed), tmp_path / "cut", 0
