@@ -183,7 +183,9 @@ def _evaluators(name: str, rows: Sequence[Row], phases: Sequence[Row], evaluator
     own = [phase for phase in phases if phase["configuration"] == name]
     whole = utilisation(own, evaluators) if own else {"busy": None, "useful": None, "gpu_seconds": {}}
     engine = sum(phase["wall_s"] * phase.get("engine_gpus", 1) for phase in own)
-    return whole | shares(rows, evaluators) | {"engine_gpu_seconds": round(engine, 1), "kv": _kv(own)}
+    paused = sum(phase.get("engine_paused_s", 0.0) for phase in own)
+    seconds = {"engine_gpu_seconds": round(engine, 1), "engine_paused_s": round(paused, 1)}
+    return whole | shares(rows, evaluators) | seconds | {"kv": _kv(own)}
 
 
 def _kv(phases: Sequence[Row]) -> dict[str, float]:

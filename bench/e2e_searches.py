@@ -20,6 +20,7 @@ from specgen_engine.replay.trace import Iteration, Trace
 from specgen_engine.tier.metrics import COUNTERS
 
 TIMEOUT_S = 3_600
+PAUSED = "engine_paused_s"
 # Of a candidate's record; texts are left out, so that a report stays small.
 CANDIDATE = (
     "hash", "source", "submitted_s", "verdict_s", "status", "speedup", "interval", "candidate_ms", "reference_ms",
@@ -70,7 +71,7 @@ async def play_phase(
     name = {"configuration": configuration.name, "seed": seed, "phase": int(time.time())}
     async with _openai(url) as client, httpx.AsyncClient(base_url=url, timeout=60) as http:
         await _flush(http)
-        before, kv, started = await gpu_seconds(http), await kv_counts(http), time.monotonic()
+        before, counted, started = await gpu_seconds(http), await engine_counts(http), time.monotonic()
 
         async def one(play: Play) -> None:
             began = time.monotonic() - started
@@ -80,11 +81,11 @@ async def play_phase(
 
         await _play(chains, one, gate, limits)
         wall, after = time.monotonic() - started, await gpu_seconds(http)
-        moved = {what: value - kv.get(what, 0) for what, value in (await kv_counts(http)).items()}
+        engine = {what: value - counted.get(what, 0) for what, value in (await engine_counts(http)).items()}
     spent = {outcome: round(after.get(outcome, 0.0) - before.get(outcome, 0.0), 3) for outcome in after}
     return {
         **name, "searches": len(ended), "at_once": limits.at_once, "wall_s": round(wall, 3), "gpu_seconds": spent,
-        "kv": moved,
+        "engine_paused_s": round(engine.pop(PAUSED, 0.0), 3), "kv": engine,
     }  # fmt: skip
 
 
@@ -181,10 +182,16 @@ async def gpu_seconds(http: httpx.AsyncClient) -> dict[str, float]:
     return {name: float(value) for name, value in answer.json()["pool"].get("gpu_seconds", {}).items()}
 
 
-async def kv_counts(http: httpx.AsyncClient) -> dict[str, float]:
-    """What a KV tier of ours counted since the start; nothing without one (HiCache counts elsewhere)."""
+async def engine_counts(http: httpx.AsyncClient) -> dict[str, float]:
+    """Since the server's start: what a KV tier of ours counted, where there is one (HiCache counts elsewhere).
+
+    Under PAUSED the seconds that the engine stood still for timed runs on its GPU, where it does.
+    """
     answer = await http.get("/server_info")
     answer.raise_for_status()
     states = answer.json().get("internal_states") or [{}]
     counts = (states[0].get("specgen_kv") or {}).get("counts", {})
-    return {name: value for name, value in counts.items() if name in COUNTERS}
+    pauses = (states[0].get("specgen") or {}).get("pauses")
+    return {name: value for name, value in counts.items() if name in COUNTERS} | (
+        {PAUSED: pauses["seconds"]} if pauses else {}
+    )

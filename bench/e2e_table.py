@@ -46,6 +46,12 @@ def gpu_seconds(line: Line) -> str:
     return f"{spent['engine_gpu_seconds']:.0f} / {sum(spent['gpu_seconds'].values()):.0f}" if spent else ""
 
 
+def paused(line: Line) -> str:
+    """Seconds of a shared GPU's engine; empty where it never stood still."""
+    seconds = (line.get("evaluators") or {}).get("engine_paused_s", 0.0)
+    return f"{seconds:.0f}" if seconds else ""
+
+
 def moved_gb(line: Line) -> str:
     """Written to the KV tier and read back from it, GB; empty without one."""
     kv = (line.get("evaluators") or {}).get("kv") or {}
@@ -93,6 +99,7 @@ COST: Columns = {
     "prefix reused": lambda x: str(x["tokens"]["prefix_reused"]),
     "prefix computed": lambda x: str(x["tokens"]["prefix_computed"]),
     "GPU-s engine / evaluators": gpu_seconds,
+    "engine stood still, s": paused,
     "KV written / read GB": moved_gb,
 }
 RUN: Columns = {

@@ -76,12 +76,12 @@ def test_tokens_by_kind_and_feedback() -> None:
 
 def test_busy_and_useful_shares_are_of_all_evaluators_and_whole_phases() -> None:
     phase = {"configuration": "specgen", "wall_s": 50.0, "gpu_seconds": {"useful": 20.0, "superseded": 10.0},
-             "kv": {"written_bytes": 4e9, "restored_bytes": 1e9}}  # fmt: skip
+             "engine_paused_s": 2.5, "kv": {"written_bytes": 4e9, "restored_bytes": 1e9}}  # fmt: skip
     lines = e2e_report.summarise([ALONE, FORKED], [phase], 2, 1.5)
     assert [line["configuration"] for line in lines] == ["sequential", "specgen"]
     said = lines[1]["evaluators"]
     assert (said["busy"], said["useful"], said["gpu_seconds"]) == (0.3, 0.2, phase["gpu_seconds"])
-    assert said["engine_gpu_seconds"] == 50.0
+    assert (said["engine_gpu_seconds"], said["engine_paused_s"]) == (50.0, 2.5)
     assert said["kv"] == {"written_bytes": 4e9, "restored_bytes": 1e9}
     assert lines[0]["evaluators"]["busy"] is None
 
@@ -181,7 +181,13 @@ def test_a_reasoning_that_cannot_end_in_time_is_left_out() -> None:
 
 
 def test_the_table_says_every_figure_of_a_line() -> None:
-    phase = {"configuration": "specgen", "wall_s": 50.0, "gpu_seconds": {"useful": 20.0}, "kv": {}}
+    phase = {
+        "configuration": "specgen",
+        "wall_s": 50.0,
+        "gpu_seconds": {"useful": 20.0},
+        "engine_paused_s": 3.0,
+        "kv": {},
+    }
     report = {
         "machine": {"gpu_names": ["H200", "H200"], "gpus": 2, "date": "2026-01-02T00:00:00Z"}, "command": "c",
         "model": "m", "gpus": "serve=0,eval=1", "searches": 8, "target": 1.5,
@@ -191,7 +197,7 @@ def test_the_table_says_every_figure_of_a_line() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| specgen | ours | 1/1"))
     assert row.startswith("| specgen | ours | 1/1 | 2.50 |")
     assert "0.00 / 0.80 / 0.80 / 0.80" in row
-    assert "| 50 / 20 |" in text
+    assert "| 50 / 20 | 3 |" in text
     heads = [line for line in text.splitlines() if line.startswith("| configuration")]
     assert {head.count("|") for head in heads} == {
         len(one) + 1 for one in (e2e_table.TIME, e2e_table.FEEDBACK, e2e_table.COST)
