@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,7 +27,7 @@ def serve(context: typer.Context) -> None:
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="trace folders, or folders of them", metavar="DIR...")],
     mode: Annotated[str, typer.Option(help="sequential: reason, then evaluate; specgen: end early")] = "specgen",
-    trigger: Annotated[str, typer.Option(help="every:N, paragraph, fence, joined by +; none")] = "every:1000",
+    trigger: Annotated[str, typer.Option(help="as the server's --specgen-trigger; none")] = "every:1000",
     termination: Annotated[str, typer.Option(help="as the server's --specgen-termination")] = "gain:0.3",
     json: Annotated[
         Path | None, typer.Option(help="write the report (specgen.report/1) to this file", metavar="FILE")
@@ -153,7 +153,9 @@ def evaluator(
     join: Annotated[
         str | None, typer.Option(help="address of a pool that runs; default: start one", metavar="ADDRESS")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="processes on one GPU: they compile side by side")] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, help="of a new pool: processes on one GPU: they compile side by side")
+    ] = 2,
     port: Annotated[int, typer.Option(help="of a new pool")] = 6380,
     journal: Annotated[
         Path | None, typer.Option(help="of a new pool: file in which jobs outlive a crash", metavar="FILE")
@@ -163,13 +165,19 @@ def evaluator(
         str | None,
         typer.Option(help="of a new pool: memory of each GPU that servers may use for KV pages", metavar="BYTES"),
     ] = None,
+    sandbox: Annotated[
+        Literal["auto", "require", "off"],
+        typer.Option(help="of a new pool: isolation of candidates, as a server's --specgen-sandbox"),
+    ] = "auto",
 ) -> None:
     """Evaluators for a pool that several servers share, on a Ray cluster; runs until Ctrl-C."""
+    from specgen_engine.evaluation.limits import EvaluationLimits
     from specgen_engine.pools.evaluator import EvaluatorOptions, parse_gpus
     from specgen_engine.pools.evaluator import evaluator as run
 
     indices = parse_gpus(gpus) if gpus is not None else ()
-    run(EvaluatorOptions(indices, cpus, join, workers, port, journal, metrics_port, lend))
+    limits = EvaluationLimits(sandbox={"auto": "prefer"}.get(sandbox, sandbox))
+    run(EvaluatorOptions(indices, cpus, join, workers, port, journal, metrics_port, lend, limits))
 
 
 @app.command()

@@ -75,14 +75,18 @@ class SchedulerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    workers: int = Field(default=1, ge=1, description="candidates evaluated at once")
+    workers: int = Field(default=1, ge=1, description="candidates evaluated at once on each device")
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?(,cuda:\d+)*|ray:[^:\s]+:\d+)$",
         description="auto, cpu, cuda:N, several GPUs as cuda:1,cuda:2, or a shared pool as ray:HOST:PORT",
     )
-    compile_s: float = Field(default=180, gt=0, description="seconds a candidate may take to compile")
-    check_s: float = Field(default=30, gt=0, description="seconds the correctness check may take")
+    compile_s: float = Field(
+        default=180, gt=0, description="seconds that import, construction and weights of a candidate may take, each"
+    )
+    check_s: float = Field(
+        default=30, gt=0, description="seconds a candidate may take for one call in the correctness check"
+    )
     time_s: float = Field(default=30, gt=0, description="seconds the timing may take")
     task_s: float = Field(default=60, gt=0, description="seconds the task's reference may take for one set of inputs")
     pause: float | None = Field(
@@ -95,7 +99,7 @@ class EvaluationConfig(Section):
         default=None, description="folder of compiled candidates (default: SPECGEN_CACHE/builds)"
     )
     sandbox: Literal["auto", "require", "off"] = Field(
-        "auto", description="isolation of candidates; require refuses less than the best"
+        "auto", description="isolation of candidates; require refuses a host without kernel isolation"
     )
     profile: Literal["off", "auto", "ncu", "nsys", "cupti", "torch.profiler"] = Field(
         "off", description="profile every correct candidate, auto: by the best tool here; its verdict waits for it"
@@ -135,7 +139,9 @@ class SpecGenConfig(Section):
     """Everything an operator can set. A request may narrow trigger, termination and fork within it."""
 
     trigger: TriggerSpec = Field(
-        default="paragraph:min=800", description="when to fork: every:N, paragraph, fence, joined by +"
+        default="paragraph:min=800",
+        description="when to fork: every:N, paragraph, fence, transition, draft, entropy:H, adaptive, :min=N behind "
+        "each, joined by +",
     )
     termination: TerminationSpec = Field(
         "gain:0.3",

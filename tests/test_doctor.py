@@ -10,6 +10,7 @@ import pytest
 
 from specgen_engine import doctor
 from specgen_engine.doctor import Piece
+from specgen_engine.evaluation import sandbox
 
 FIT = {"target": "sglang.a", "kind": "AFTER", "purpose": "p", "process": "all", "problem": ""}
 BROKEN = {**FIT, "target": "sglang.b", "problem": "no such attribute"}
@@ -34,6 +35,7 @@ def test_every_missing_piece_says_what_it_costs(without_hooks: None) -> None:
     assert [piece["name"] for piece in findings["pieces"] if not piece["found"] and not piece["cost"]] == []
     found = {piece["name"]: piece["found"] for piece in findings["pieces"]}
     assert found["sglang"] == version("sglang")
+    assert found["level in force"] == (sandbox.level("prefer") if sandbox.offered() else "")
     assert "13.0" in found["nvcc (package)"]
 
 

@@ -67,7 +67,7 @@ def optimize(options: Options) -> None:
     """Run or resume. Exit code 130 after Ctrl-C: best kernel, report and history are kept; the same command goes on."""
     task = Task(read_text(options.task), name=task_name(options.task))
     require_device(options.device)
-    require_profiler(options.profile)
+    require_profiler(options.profile, flag="--profile")
     folder = options.folder()
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)

@@ -61,7 +61,8 @@ class Endpoint:
             if not models:
                 raise AgentError(f"--base-url {self.base_url}: serves no model; name one with --model")
             self.asking = replace(self.asking, model=models[0])
-        self.speculative = await self._get("/specgen/searches") is not None
+        # The one route that asks for no more than the API key: the list of searches is the administrator's.
+        self.speculative = await self._get("/specgen/openapi.json") is not None
 
     async def generate(self, messages: Any, task: Task, rid: str, number: int, progress: Progress) -> Generation:
         """One answer. rid: the request's id, by which its progress is followed; number: of the iteration, from 1.

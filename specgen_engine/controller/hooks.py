@@ -15,7 +15,7 @@ from pydantic import model_serializer
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, ChatCompletionStreamResponse, SglExt
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from specgen_engine.config import SpecGenConfig
+from specgen_engine.config import SpecGenConfig, flag_of
 from specgen_engine.controller.controller import Controller
 from specgen_engine.controller.http import add_routes
 from specgen_engine.controller.request import Plan, parse_options, plan_search, take_out
@@ -51,11 +51,23 @@ RAY = "ray:"
 
 
 def require_pool(settings: SpecGenConfig) -> None:
-    """A shared pool must answer before the server is up. Raises PoolError naming the flag."""
-    if settings.evaluation.device.startswith(RAY):
-        from specgen_engine.pools.ray_pool import require_answer
+    """A shared pool must answer before the server is up, and nothing may be set that it would not heed.
 
-        require_answer(settings.evaluation.device.removeprefix(RAY), "--specgen-evaluation-device")
+    Raises PoolError naming the flag.
+    """
+    wanted = settings.evaluation
+    if not wanted.device.startswith(RAY):
+        return
+    from specgen_engine.pools.ray_head import PoolError
+    from specgen_engine.pools.ray_pool import require_answer
+
+    if idle := sorted(wanted.model_fields_set - {"device", "pause"}):
+        flags = ", ".join(flag_of(("evaluation", name)) for name in idle)
+        raise PoolError(
+            f"{flags}: a shared pool evaluates as its evaluators were started; leave it out beside "
+            f"--specgen-evaluation-device {wanted.device} (`specgen evaluator` has --sandbox and --workers)"
+        )
+    require_answer(wanted.device.removeprefix(RAY), "--specgen-evaluation-device")
 
 
 def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:

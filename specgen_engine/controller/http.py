@@ -98,7 +98,7 @@ def _add_events(router: APIRouter, controller: Controller, heartbeat_s: float) -
         With Last-Event-ID only what came after that event, while it is remembered; else a snapshot of every search.
         A reader that falls too far behind gets a snapshot again.
         """
-        if feed.readers >= READERS:
+        if follow and feed.readers >= READERS:
             raise HTTPException(429, f"{READERS} readers follow already; close one, or use ?follow=false")
         return StreamingResponse(
             _stream(controller, last_event_id, heartbeat_s if follow else None),

@@ -160,10 +160,10 @@ def require_device(device: str) -> None:
         )
 
 
-def require_profiler(profile: str, parameters: Path = DRIVER_PARAMETERS) -> None:
+def require_profiler(profile: str, parameters: Path = DRIVER_PARAMETERS, flag: str = "--profile-tool") -> None:
     """A tool that was asked for by name must be there, and allowed. Raises BadInput; "auto" takes what works."""
     if profile and profile not in CHOICES:
-        raise BadInput(f"--profile {profile}: use one of {', '.join(CHOICES)}")
+        raise BadInput(f"{flag} {profile}: use one of {', '.join(CHOICES)}")
     if profile != Tool.NCU:
         return
     from .profile import ncu
@@ -171,11 +171,11 @@ def require_profiler(profile: str, parameters: Path = DRIVER_PARAMETERS) -> None
     try:
         ncu.find_ncu()
     except ProfileError as error:
-        raise BadInput(f"--profile ncu: {error}") from error
+        raise BadInput(f"{flag} ncu: {error}") from error
     restricted = parameters.is_file() and "RmProfilingAdminOnly: 1" in parameters.read_text()
     if restricted and os.geteuid() != 0:
         raise BadInput(
-            "--profile ncu: no permission to read the GPU's counters (ERR_NVGPUCTRPERM), they are root's: "
+            f"{flag} ncu: no permission to read the GPU's counters (ERR_NVGPUCTRPERM), they are root's: "
             "run as root, load nvidia with NVreg_RestrictProfilingToAdminUsers=0, or profile with cupti"
         )
 

@@ -3,7 +3,8 @@
 Two lock files a device, all flock, so that the kernel frees what a dead process held. `engine` is held shared by every
 engine with a batch in flight; `asks` is held shared by every timed run, from when it wants the device still until it is
 over. Both sides take their own first and look at the other's then, so that one of them always sees the other. A look
-is a try for an exclusive hold: two system calls, about 2 us, at every step of the engine.
+is a try for an exclusive hold: two system calls, about 2 us, at every step of the engine. An engine that goes on beside
+a timed run makes the file `engine` a byte longer, so that the run knows, whatever the engine has done since.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LONGEST_WAIT_S = 15.0  # for engines that a pause share holds back, or that take
 
 
 def may_pause(ran_s: float, paused_s: float, share: float) -> bool:
-    """Whether an engine that has run `ran_s` since a pause of `paused_s` may stand still again.
+    """Whether an engine may stand still `ran_s` seconds, idle ones counted, after a pause of `paused_s` ended.
 
     share: of the time of a pause and what follows it, the most that may be the pause.
     """
@@ -58,12 +59,11 @@ class EngineTurn:
     def step(self) -> None:
         """Before a batch is launched: returns when the engine may run."""
         if self._running:
-            ran_s = self._clock() - self._resumed_at
-            if not (_is_held(self._asks) and may_pause(ran_s, self._last_pause_s, self._share)):
+            if not (_is_held(self._asks) and self._may_pause()):
                 return
             self._finish()
             self.idle()
-        self._enter()
+        self._enter(LONGEST_PAUSE_S if self._may_pause() else 0.0)
 
     def idle(self) -> None:
         """Nothing is in flight on the device."""
@@ -75,18 +75,23 @@ class EngineTurn:
         for fd in (self._engine, self._asks):
             os.close(fd)
 
-    def _enter(self) -> None:
+    def _may_pause(self) -> bool:
+        return may_pause(self._clock() - self._resumed_at, self._last_pause_s, self._share)
+
+    def _enter(self, longest_s: float) -> None:
         start = self._clock()
         while True:
             fcntl.flock(self._engine, fcntl.LOCK_SH)  # held against it only by a look
             asked, waited_s = _is_held(self._asks), self._clock() - start
-            if not asked or waited_s >= LONGEST_PAUSE_S:
+            if not asked or waited_s >= longest_s:
                 break
             fcntl.flock(self._engine, fcntl.LOCK_UN)
             self._sleep(LOOK_S)
-        self._running, self._resumed_at = True, self._clock()
+        if asked:
+            os.ftruncate(self._engine, os.fstat(self._engine).st_size + 1)
+        self._running = True
         if waited_s >= LOOK_S:
-            self._last_pause_s = waited_s
+            self._resumed_at, self._last_pause_s = self._clock(), waited_s
             self.pauses.count += 1
             self.pauses.seconds += waited_s
             self.pauses.broken += asked
@@ -94,7 +99,7 @@ class EngineTurn:
 
 @dataclass(slots=True)
 class Stillness:
-    """waited_s: until every engine stood still, or until LONGEST_WAIT_S. kept: none ran, then or at the end."""
+    """waited_s: until every engine stood still, or until LONGEST_WAIT_S. kept, once it is over: none ran meanwhile."""
 
     waited_s: float = 0.0
     kept: bool = True
@@ -112,9 +117,9 @@ def engine_still(
             between(LOOK_S)
         while (runs := _is_held(engine)) and time.monotonic() - start < longest_s:
             between(RETRY_S)
-        stillness.waited_s = time.monotonic() - start
+        stillness.waited_s, gone_on = time.monotonic() - start, os.fstat(engine).st_size
         yield stillness
-        stillness.kept = not (runs or _is_held(engine))
+        stillness.kept = not runs and os.fstat(engine).st_size == gone_on
     finally:
         for fd in (engine, asks):
             os.close(fd)

@@ -67,7 +67,7 @@ class Evaluation(Timed):
                 worker.stage = "profile"
                 self.profile = profile_candidate(worker, self._subjected(build.path, result), self.profile_by)
         if worker.on_gpu:
-            with self.own():
+            with self._engine_still(), self.own():
                 self._extra_times()
         return result
 

@@ -71,14 +71,18 @@ def level(wanted: str, device: str = "cpu") -> str:
     """The level for off, prefer or require at which the device works. Raises SandboxError when require can't be met."""
     if wanted == "off":
         return PROCESS
-    for name in (FULL, KERNEL):
-        if _works(name, device):
-            return name
+    if best := offered(device):
+        return best[0]
     if wanted == "require":
         raise SandboxError(
             "sandbox=require: this kernel offers no Landlock (Linux 5.13, x86-64 seccomp); use prefer or another host"
         )
     return PROCESS
+
+
+def offered(device: str = "cpu") -> tuple[str, ...]:
+    """The levels above PROCESS that this machine offers, best first."""
+    return tuple(name for name in (FULL, KERNEL) if _works(name, device))
 
 
 def around(name: str) -> int:

@@ -31,7 +31,7 @@ class EvaluatorError(SpecGenError):
 class EvaluatorOptions(NamedTuple):
     """gpus: indices as nvidia-smi counts; or cpus: workers.  join: HOST:PORT of the pool, None for a new one.
 
-    workers: processes on one GPU.  port: of a new pool.  journal: of a new pool, None for none.
+    workers, limits, port: of a new pool; workers: processes on one GPU.  journal: of a new pool, None for none.
     metrics_port: where Prometheus finds the pool's series, None for nowhere.
     lend: of a new pool: how much of each GPU's memory servers may use for KV pages (auto, 24GiB, ...), None for none.
     """
@@ -105,6 +105,8 @@ def evaluator(options: EvaluatorOptions) -> None:
     """Serve until SIGINT or SIGTERM. Raises EvaluatorError or PoolError before anything is started."""
     if bool(options.gpus) == bool(options.cpus):
         raise EvaluatorError("--gpus, --cpus: name either the GPUs to evaluate on, or a number of CPU workers")
+    if options.join is not None and options.limits != EvaluationLimits():
+        raise EvaluatorError("--sandbox: a pool's is said where it is started; leave it out beside --join")
     if options.lend is not None:
         require_lending(options)
     if find_spec("ray") is None:

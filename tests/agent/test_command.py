@@ -10,11 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from typer.testing import CliRunner
 
 from specgen_engine.agent.base import AgentError
 from specgen_engine.agent.command import optimize, options_of
+from specgen_engine.agent.endpoint import Asking, Endpoint
 from specgen_engine.cli import app
 from specgen_engine.serving.process import free_port
 
@@ -45,6 +47,7 @@ class Scripted:
     reasons: bool = True
     parsed: bool = True
     fail_at: int = 0
+    ours: bool = False
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def chunks(self) -> list[dict[str, Any]]:
@@ -66,8 +69,14 @@ def endpoint() -> Iterator[Scripted]:
             pass
 
         def do_GET(self) -> None:
+            if script.ours and self.path.startswith(
+                "/specgen/"
+            ):  # a server with --admin-api-key, asked with the API key
+                return self._answer(200 if self.path == "/specgen/openapi.json" else 401, "{}")
             found = self.path == "/v1/models"
-            self._answer(200 if found else 404, json.dumps({"data": [{"id": "m", "object": "model"}]} if found else {}))
+            return self._answer(
+                200 if found else 404, json.dumps({"data": [{"id": "m", "object": "model"}]} if found else {})
+            )
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -193,3 +202,16 @@ def test_bad_arguments_are_one_line(task: Path, arguments: list[str], said: str)
     result = CliRunner().invoke(app, ["optimize", str(task), "--out", str(task.parent / "out"), *arguments])
     assert said in str(result.exception)
     assert not (task.parent / "out").exists()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_our_server_is_known_with_no_more_than_the_api_key(endpoint: Scripted, ours: bool) -> None:
+    endpoint.ours = ours
+
+    async def speculative() -> bool:
+        one = Endpoint(endpoint.url, "key", Asking("", 100))
+        await one.connect()
+        await one.close()
+        return one.speculative
+
+    assert anyio.run(speculative) is ours

@@ -263,6 +263,7 @@ def test_readers_are_counted_and_one_too_many_is_told_so(site: Site, monkeypatch
     refused = httpx.get(f"{site.url}/specgen/events")
     assert refused.status_code == 429
     assert "1 readers" in refused.text
+    assert httpx.get(f"{site.url}/specgen/events?follow=false").status_code == 200
     reader.close()
     for _ in range(100):
         if site.controller.feed.readers == 0:

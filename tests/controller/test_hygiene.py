@@ -225,6 +225,14 @@ def test_a_shared_pool_that_does_not_answer_refuses_the_start() -> None:
     require_pool(SpecGenConfig())
 
 
+def test_what_a_shared_pool_would_not_heed_is_refused_beside_it() -> None:
+    settings = SpecGenConfig(evaluation=EvaluationConfig(device="ray:127.0.0.1:1", sandbox="require", check_s=5))
+    with pytest.raises(
+        PoolError, match=r"^--specgen-evaluation-check-s, --specgen-sandbox: a shared pool evaluates as"
+    ):
+        require_pool(settings)
+
+
 def test_the_pool_is_told_which_fork_is_the_newest() -> None:
     async def body() -> None:
         rig = Rig()

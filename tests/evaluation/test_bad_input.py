@@ -108,7 +108,7 @@ def test_no_ncu(tmp_path: Path, task: Path, good: Path) -> None:
     empty = tmp_path / "no-programs"
     empty.mkdir()
     line = specgen(tmp_path, task, good, "--profile", "--profile-tool", "ncu", path=str(empty))
-    assert "--profile ncu: ncu: not installed" in line
+    assert "--profile-tool ncu: ncu: not installed" in line
 
 
 def test_no_permission_for_ncu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +116,12 @@ def test_no_permission_for_ncu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     parameters.write_text("EnableMSI: 1\nRmProfilingAdminOnly: 1\n")
     monkeypatch.setattr("specgen_engine.evaluation.profile.ncu.find_ncu", lambda: "/bin/ncu")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(BadInput, match=r"--profile ncu: no permission .*ERR_NVGPUCTRPERM"):
+    with pytest.raises(BadInput, match=r"--profile-tool ncu: no permission .*ERR_NVGPUCTRPERM"):
         command.require_profiler("ncu", parameters)
     parameters.write_text("RmProfilingAdminOnly: 0\n")
     command.require_profiler("ncu", parameters)
     command.require_profiler("auto", parameters)
-    with pytest.raises(BadInput, match="--profile perf: use one of"):
+    with pytest.raises(BadInput, match="--profile-tool perf: use one of"):
         command.require_profiler("perf", parameters)
 
 

@@ -108,12 +108,27 @@ def test_it_does_not_stand_still_again_before_it_has_run_as_long(engine: EngineT
 
 
 def test_a_run_that_does_not_end_keeps_the_engine_for_a_few_seconds_only(engine: EngineTurn, clock: Clock) -> None:
-    engine.step()
-    with engine_still(DEVICE, time.sleep, longest_s=0.0) as stillness:
+    with engine_still(DEVICE, time.sleep) as stillness:
         engine.step()
+        engine.idle()
     assert clock.now == pytest.approx(LONGEST_PAUSE_S, abs=0.01)
     assert (engine.pauses.count, engine.pauses.broken) == (1, 1)
     assert not stillness.kept
+    with engine_still(DEVICE, time.sleep) as next_run:
+        pass
+    assert next_run.kept
+
+
+def test_its_share_holds_for_an_engine_that_was_idle_too(engine: EngineTurn, clock: Clock) -> None:
+    engine.step()
+    with asking():
+        engine.step()
+        paused = clock.now
+        for ran_s in (0.1, 1.0, paused):
+            clock.now = paused + ran_s
+            engine.idle()
+            engine.step()
+            assert engine.pauses.count == (1 if ran_s < paused else 2)
 
 
 def test_a_run_waits_for_the_step_in_flight_and_then_has_the_device(engine: EngineTurn) -> None:

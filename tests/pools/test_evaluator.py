@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from specgen_engine.evaluation.base import Candidate, Status
+from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.pools import evaluator as command
 from specgen_engine.pools.evaluator import EvaluatorError, EvaluatorOptions, evaluator, parse_gpus
 from specgen_engine.pools.journal import JournalError
@@ -49,6 +50,7 @@ def free_port() -> int:
         ({"cpus": 1, "join": "127.0.0.1:1"}, "--join 127.0.0.1:1: nothing answers there"),
         ({"cpus": 1, "join": "there"}, "--join there: use HOST:PORT"),
         ({"cpus": 1, "lend": "much"}, "--specgen-kv-lend 'much': use auto or a size"),
+        ({"cpus": 1, "limits": EvaluationLimits(sandbox="off"), "join": "127.0.0.1:1"}, "--sandbox: .* beside --join"),
         ({"cpus": 1, "lend": "auto", "join": "127.0.0.1:1"}, "--lend: .* leave it out beside --join"),
     ],
 )
