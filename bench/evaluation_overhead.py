@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-SCHEMA = "specgen.overhead/1"
+SCHEMA = "specgen.evaluation_overhead/1"
 TASK = """
 import torch
 class Model(torch.nn.Module):

@@ -193,6 +193,16 @@ def flag_of(path: tuple[str, ...]) -> str:
     return short.get(path) or "--specgen-" + "-".join(path).replace("_", "-")
 
 
+def markdown_table() -> str:
+    """Every setting with its default and meaning: the table of docs/settings.md, which a test holds to it."""
+    rows = ["| flag | default | what it sets |", "|---|---|---|"]
+    for path, info in leaves():
+        value = info.get_default(call_default_factory=True)
+        default = "" if value in (None, "", ()) or value is False else f"`{value}`"
+        rows.append(f"| `{flag_of(path)}` | {default} | {(info.description or '').replace('|', chr(92) + '|')} |")
+    return "\n".join(rows) + "\n"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag, the file and one override a leaf; all absent by default, so that absence can be told from a value."""
     group = parser.add_argument_group("SpecGen engine")

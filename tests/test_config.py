@@ -164,6 +164,11 @@ def test_the_limits_below_are_those_of_every_flag() -> None:
     assert flags == LIMITS.keys() | ANY_TEXT | SWITCHES
 
 
+def test_the_page_lists_every_setting() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    assert config.markdown_table() in page, "put config.markdown_table() into docs/settings.md"
+
+
 @pytest.mark.parametrize("flag", LIMITS)
 def test_a_flag_takes_its_limits_and_names_itself_and_the_value_beyond_them(flag: str) -> None:
     allowed, refused = LIMITS[flag]
