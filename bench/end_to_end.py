@@ -44,6 +44,7 @@ from specgen_engine.replay.trace import Iteration, Trace, TraceError, load_trace
 
 SCHEMA = "specgen.end_to_end/1"
 ALL = "all"
+BEFORE_IT_WAS_SAID = {"iterations": "1", "workers": 6, "attention_backend": "triton", "pool_tokens": None}
 HEADLINE = (SEQUENTIAL, "specgen", "no-early-end")
 
 
@@ -229,6 +230,9 @@ def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> di
         "tier": args.tier,
         "profile": args.profile,
         "iterations": args.iterations,
+        "workers": args.workers,
+        "attention_backend": args.attention_backend,
+        "pool_tokens": args.pool_tokens,
         "traces": {trace.name: trace.digest()[:16] for trace in traces},
     }
     if args.resume is None:
@@ -242,7 +246,8 @@ def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> di
         raise SpecGenError(f"--resume {args.resume}: not readable ({error}); give a report of this bench") from None
     if report.get("schema") != SCHEMA:
         raise SpecGenError(f"--resume {args.resume}: is no {SCHEMA} report")
-    report.setdefault("iterations", "1")
+    for name, value in BEFORE_IT_WAS_SAID.items():
+        report.setdefault(name, value)
     for name, value in conditions.items():
         if name == "traces":
             value = {**report["traces"], **value}

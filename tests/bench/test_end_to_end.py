@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bench.e2e_searches import tokens_at_verdicts
 from bench.e2e_servers import Gpus, Setup, host_size, server
 from specgen_engine.errors import SpecGenError
 from specgen_engine.pools.base import busy_seconds
-from specgen_engine.replay.trace import BUNDLED
+from specgen_engine.replay.trace import BUNDLED, load_traces
 
 
 def candidate(name: str, speedup: float | None, verdict_s: float, order: int, forks: list[int]) -> dict[str, Any]:
@@ -220,3 +221,20 @@ def test_bad_input_is_one_line(more: list[str], said: str, tmp_path: Path, capsy
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "other"), [("workers", 2), ("pool_tokens", 9), ("attention_backend", "fa3")])
+def test_a_report_goes_on_under_its_own_conditions_alone(name: str, other: object, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = ["--traces", str(BUNDLED), "--gpus", "cpu", "--json", str(path)]
+    begun = end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))
+    words += ["--resume", str(path)]
+    before_it_was_said = {key: value for key, value in begun.items() if key not in end_to_end.BEFORE_IT_WAS_SAID}
+    path.write_text(json.dumps(before_it_was_said))
+    assert (
+        end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))[name]
+        == begun[name]
+    )
+    path.write_text(json.dumps(begun | {name: other}))
+    with pytest.raises(SpecGenError, match=f"its {name} is {other!r}, not "):
+        end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))
