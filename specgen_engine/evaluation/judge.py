@@ -18,7 +18,7 @@ from .clock import clock_for, warm_times
 from .compare import Difference, difference, largest_errors, same_bits
 from .gpumemory import GpuRegion
 from .guards import Guard, parse_guards
-from .modules import TimedCalls, construct, load_module, shares_memory
+from .modules import PLACED_BYTES, PLACES, TimedCalls, construct, load_module, shares_memory
 from .profile.device import device_facts
 from .profile.work import work_of
 from .tasks import files as task_files
@@ -108,8 +108,9 @@ class Judge:
     def room(self, sets: int) -> dict[str, object]:
         """Bytes of the GPU that are free, and that an evaluation needs here and in the candidate's process together."""
         free, _ = torch.cuda.mem_get_info(self.device)
+        placed = 2 * PLACES * min(self.input_bytes, PLACED_BYTES)
         results = (OUTPUT_ROOM + 2 * sets) * self.output_bytes
-        return {"event": "room", "free": free, "need": 3 * sets * self.input_bytes + results + HEADROOM_BYTES}
+        return {"event": "room", "free": free, "need": 3 * sets * self.input_bytes + placed + results + HEADROOM_BYTES}
 
     def begin(self, sets: int) -> dict[str, object]:
         """A new candidate: fresh regions; construction arguments and weights are laid out for it.
@@ -228,12 +229,14 @@ class Judge:
         os.close(fd)
         return {"event": "exported", "init": init, "weights": weights, "seed": self.seed, "inputs": inputs}
 
-    def time(self, sequence: list[int]) -> dict[str, object]:
-        """Times of the reference in ns on the slots of sequence."""
+    def time(self, sequence: list[int], moved: bool) -> dict[str, object]:
+        """Times of the reference in ns on the slots of sequence; moved: at another place in memory than before."""
         if self.calls is None:
             self.calls = TimedCalls(self.model, {slot: self.slots[slot].inputs for slot in set(sequence)}, self.clock)
             self.calls.run(sequence[:1], self.model)
         self.calls.sources.update({slot: self.slots[slot].inputs for slot in sequence})
+        if moved:
+            self.calls.move()
         times, _ = self.calls.run(sequence, self.model)
         return {"event": "timed", "ns": times, "late": self.clock.take_late()}
 
@@ -276,7 +279,7 @@ class Judge:
             keys = ("slot", "outputs", "inputs", "aliases", "previous")
             return self.compare(*(message[key] for key in keys))
         if op == "time":
-            return self.time(message["sequence"])
+            return self.time(message["sequence"], message["moved"])
         if op == "work":
             return self.work(message["slot"], message["needed"], message["flops"])
         if op == "export":

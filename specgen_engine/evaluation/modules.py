@@ -14,6 +14,10 @@ import torch
 from .clock import Clock
 from .tensors import map_tensors, tensors_of
 
+PLACES = 5
+PLACED_BYTES = 128 << 20
+"""Inputs that take more lie over so much memory that another place makes no difference."""
+
 
 def load_module(source: str, name: str, folder: Path) -> ModuleType:
     """Import source as a file of its own (Triton reads kernels back from their file). Raises what the module raises."""
@@ -40,8 +44,24 @@ class TimedCalls:
 
     def __init__(self, model: Any, sources: dict[int, list[Any]], clock: Clock) -> None:
         self.model, self.sources, self.clock = model, sources, clock
-        self.working = map_tensors(next(iter(sources.values())), torch.clone)
+        self._places = [map_tensors(next(iter(sources.values())), torch.clone)]
+        self._work_at(0)
+
+    def _work_at(self, place: int) -> None:
+        self._place = place
+        self.working = self._places[place]
         self._flat = tensors_of(self.working)
+
+    def move(self) -> None:
+        """Work elsewhere in memory: up to PLACES places, all kept so that none lies on another, then by turns."""
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self._flat)
+        if len(self._places) < PLACES and held <= PLACED_BYTES:
+            try:
+                self._places.append(map_tensors(self.working, torch.clone))
+                self._place = len(self._places) - 2
+            except RuntimeError:  # no memory for another: those at hand do
+                pass
+        self._work_at((self._place + 1) % len(self._places))
 
     def run(self, sequence: Sequence[int], call: Any) -> tuple[list[int], Any]:
         """Times of call(*inputs), one for each slot named in sequence, in ns; and the last result."""

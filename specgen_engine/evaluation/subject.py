@@ -126,8 +126,11 @@ class Subject:
         self.calls.sources.update(sources)
         return {"event": "staged"}
 
-    def time(self, sequence: list[int]) -> dict[str, object]:
+    def time(self, sequence: list[int], moved: bool) -> dict[str, object]:
+        """Times in ns on the slots of sequence; moved: at another place in memory than before."""
         assert self.calls is not None
+        if moved:
+            self.calls.move()
         if self.device.startswith("cuda"):
             release_l2(self.guards_off)
         times, self.last = self.calls.run(sequence, self.model)
@@ -183,7 +186,7 @@ class Subject:
         if op == "stage":
             return self.stage(message["inputs"])
         if op == "time":
-            return self.time(message["sequence"])
+            return self.time(message["sequence"], message["moved"])
         if op == "profile":
             return self.profile(message["tool"], message["inputs"])
         if op == "warm_calls":

@@ -15,14 +15,13 @@ from .children import Child
 from .clock import supervisor_clock
 from .gpustate import conditions
 from .guards import Guard
-from .timing import Speedup, skips_repeats, speedup, stated, works_on
+from .timing import Round, Speedup, is_enough, skips_repeats, speedup, works_on
 from .worker import Ended, JudgeLost, Worker
 
 CLOCK_SETTLES_S = 0.0003
 EXTRA_S = 5.0
 MAX_REPEATS = 500
-MIN_REPEATS = 8
-MIN_BLOCKS = 3
+MIN_REPEATS = 5
 CALMER_S = 0.25
 """Before blocks that are to confirm a suspicion: what loaded the host for a moment may be gone."""
 IDLE_FACTOR, IDLE_SLACK_NS = 3, 10_000_000
@@ -48,8 +47,8 @@ class Pace(NamedTuple):
     apart: bool
 
 
-ON_CPU = Pace(40_000_000, 4, UNSEEN_SLACK_NS, apart=False)
-ON_GPU = Pace(20_000_000, 2, UNSEEN_SLACK_NS // 2, apart=True)
+ON_CPU = Pace(24_000_000, 4, UNSEEN_SLACK_NS, apart=False)
+ON_GPU = Pace(12_000_000, 2, UNSEEN_SLACK_NS // 2, apart=True)
 """A GPU's clocks are events and the wall clock: finer, so blocks are shorter, and the GPU is free sooner."""
 
 
@@ -60,7 +59,7 @@ class Timed(Checked):
         super().__init__(worker, request, held)
         self.fresh: list[int] = []
         self.repeats: list[int] = []
-        self.reference: list[int] = []
+        self.rounds: list[Round] = []
         self.unseen: list[tuple[int, int]] = []
         self.idle: list[bool] = []
         self.goes_on: list[bool] = []
@@ -94,32 +93,34 @@ class Timed(Checked):
             result = self._measure(slots, self._repeats_for_a_block(self.repeats[-self.calls :], self.walls[1]))
         if worker.on_gpu or self.lent:
             self.conditions = {"use": self.use} | conditions(before, self._gpu_state())
+        self.conditions["rounds_ms"] = [[median(side) / 1e6 for side in one] for one in self.rounds]
         if self.asked_again:
             self.conditions["asked_again"] = self.asked_again
         self._reject_tricks()
-        return stated(result)
+        return result
 
     def _measure(self, slots: list[int], count: int) -> Speedup:
         """Blocks until the interval is small or the budget ends; these alone make the figure. count: of the first."""
         budget = time.monotonic() + self.limits.timing_budget_s
-        for kept in (self.reference, self.repeats, self.unseen, self.idle, self.goes_on):
+        for kept in (self.rounds, self.repeats, self.unseen, self.idle, self.goes_on):
             kept.clear()
         block = 0
         while True:
-            # Every slot is the last, and shown, at least once: a result kept from other contents must come to light.
-            sequence = [secrets.choice(slots) for _ in range(count - 1 - secrets.randbelow(count // 2))]
-            sequence.append(slots[block % len(slots)])
-            times = self._block(sequence)
-            self.repeats += times
+            # A result kept from an earlier call at this round's addresses, or from any round, must come to light:
+            # the contents of the last call, whose result is shown, are none of the calls' before in the round.
+            last = slots[block % len(slots)]
+            others = [slot for slot in slots if slot != last]
+            sequence = [secrets.choice(others) for _ in range(count - secrets.randbelow(count // 2))] + [last]
+            times = self._block(sequence, moved=True)
+            self.repeats += self.rounds[-1].candidate
             count = self._repeats_for_a_block(times, self.walls[1])
             with self.step("interval"):
-                result = speedup(self.reference, self.repeats, seed=len(self.repeats))
-            enough = len(self.repeats) >= MIN_REPEATS and result.half_width <= self.limits.precision
-            last = block + 1 >= MIN_BLOCKS and (enough or time.monotonic() > budget)
-            if last or block < len(slots) or secrets.randbelow(4) == 0:
-                self._show(sequence[-1])
-            if last:
-                self.last_slot = sequence[-1]
+                result = speedup(self.rounds)
+            done = is_enough(result, len(self.rounds), self.limits.precision, over=time.monotonic() > budget)
+            if done or block < len(slots) or secrets.randbelow(4) == 0:
+                self._show(last)
+            if done:
+                self.last_slot = last
                 return result
             block += 1
 
@@ -137,19 +138,22 @@ class Timed(Checked):
         spent = max(sum(times), wall_ns / self.pace.wall_share, 1)
         return max(2, min(MAX_REPEATS, int(self.pace.block_ns * len(times) / spent)))
 
-    def _block(self, candidate_sequence: list[int]) -> list[int]:
-        """The reference, then the candidate, on the same slots; both are also timed from here."""
+    def _block(self, candidate_sequence: list[int], *, moved: bool = False) -> list[int]:
+        """The reference, then the candidate, on the same slots; both are also timed from here.
+
+        moved: a round of the figure, elsewhere in memory than the one before; the first call there is not counted.
+        """
         spent: list[int] = []
         walls: list[int] = []
         times: list[list[int]] = []
         late: list[list[int]] = []
-        sequences = (candidate_sequence[-self.reference_repeats :], candidate_sequence)
+        sequences = (candidate_sequence[-self.reference_repeats - moved :], candidate_sequence)
         roles = ((self.judge, "timing the reference"), (self.child, "timing"))
         for sequence, (child, doing) in zip(sequences, roles, strict=True):
             runs_code = children.innermost(child.pid, sandbox.around(self.worker.level))
             now = supervisor_clock(self.worker.device, self.limits.threads, runs_code)
             start, began = now(), time.perf_counter_ns()
-            self.worker.ask(child, {"op": "time", "sequence": sequence})
+            self.worker.ask(child, {"op": "time", "sequence": sequence, "moved": moved})
             left = max(0.1, self.deadline - time.monotonic())
             answer = self.worker.reply(child, left, doing)
             walls.append(time.perf_counter_ns() - began)
@@ -160,7 +164,8 @@ class Timed(Checked):
             times.append(_times(child, answer, len(sequence), spent[-1]))
             late.append(_late(answer))
         self.goes_on.append(works_on(late[1], late[0], times[1]))
-        self.reference += times[0]
+        if moved:
+            self.rounds.append(Round(times[0][1:], times[1][1:]))
         around = (spent[0] - sum(times[0])) * len(times[1]) // len(times[0]), spent[1] - sum(times[1])
         self.unseen.append((around[1] - around[0], sum(times[1])))
         self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])

@@ -1,23 +1,40 @@
-"""From two lists of times to a speed-up with its interval. Pure functions."""
+"""From rounds of times of both sides to a speed-up with its interval. Pure functions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
-import numpy as np
-
-RESAMPLES = 2000
 RUN_TO_RUN = 0.01
-"""What no bootstrap of one run sees: another process has its memory elsewhere. Kernels whose time is the GPU's came out
-within 1 % in two harnesses on one H200 (30 of 44; the others differ by clocks, tuning or the host)."""
+"""Half width of an interval that rounds without scatter have. Kernels whose time is the GPU's came out within 1 % in
+two harnesses on one H200 (30 of 44); replayed as CUDA graphs, twice in one harness, they varied by 0.4 %."""
+SHARED = 1.0
+"""Variance between runs that more rounds don't average out, in variances between rounds. (Variance between runs /
+variance between rounds) - 1 / rounds was 0.73 (standard error 0.18) over 18 kernels, each in 6 runs on a loaded CPU."""
+MIN_ROUNDS, LEAST_ROUNDS = 5, 3
+"""With time left, and when the budget is spent."""
+T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 1.96)
+"""Student's t for a 95 % interval, by degrees of freedom from 1; the last one for more."""
 FRESH_FACTOR = 2.5
 FRESH_SLACK_NS = 300_000
 LATE_SLACK_NS = 30_000
 
 
+class Round(NamedTuple):
+    """A block of calls of either side, one after the other, at one place in memory each; ns, none empty."""
+
+    reference: Sequence[int]
+    candidate: Sequence[int]
+
+    @property
+    def log_ratio(self) -> float:
+        return math.log(median(self.reference) / median(self.candidate))
+
+
 class Speedup(NamedTuple):
-    """Medians in milliseconds; low and high bound speedup's 95 % bootstrap interval."""
+    """Medians in milliseconds; low and high bound speedup's 95 % interval over runs."""
 
     speedup: float
     low: float
@@ -30,46 +47,36 @@ class Speedup(NamedTuple):
         return (self.high - self.low) / 2 / self.speedup
 
 
-def speedup(reference_ns: list[int], candidate_ns: list[int], seed: int = 0) -> Speedup:
-    """Ratio of medians with a percentile bootstrap. Raises ValueError on an empty or non-positive list.
-
-    The resamples' medians are drawn directly: the k-th smallest of n uniform draws is Beta(k, n + 1 - k), so no
-    resample is made (3 ms of resampling a block were part of the harness's overhead).
-    """
-    if not reference_ns or not candidate_ns or min(*reference_ns, *candidate_ns, 1) <= 0:
+def speedup(rounds: Sequence[Round]) -> Speedup:
+    """Ratio of medians over all rounds. Raises ValueError without rounds or with a time that is not positive."""
+    reference = [ns for one in rounds for ns in one.reference]
+    candidate = [ns for one in rounds for ns in one.candidate]
+    if not reference or not candidate or min(*reference, *candidate) <= 0:
         raise ValueError("a speed-up needs positive times of both sides")
-    rng = np.random.default_rng(seed)
-    ref, cand = np.asarray(reference_ns, float), np.asarray(candidate_ns, float)
-    medians = [_bootstrap_medians(np.sort(times), rng) for times in (ref, cand)]
-    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
-    ratio = float(np.median(ref) / np.median(cand))
-    return Speedup(
-        ratio,
-        min(float(low), ratio),
-        max(float(high), ratio),
-        float(np.median(ref)) / 1e6,
-        float(np.median(cand)) / 1e6,
-    )
+    reference_ms, candidate_ms = median(reference) / 1e6, median(candidate) / 1e6
+    ratio = reference_ms / candidate_ms
+    factor = math.exp(half_interval([one.log_ratio for one in rounds], math.log(ratio)))
+    return Speedup(ratio, ratio / factor, ratio * factor, reference_ms, candidate_ms)
 
 
-def stated(measured: Speedup) -> Speedup:
-    """With the interval that is told: the bootstrap's, and on either side what a second run differs by."""
-    ratio = measured.speedup
-    low, high = (
-        ratio * (1 + side * math.hypot((bound - ratio) / ratio, RUN_TO_RUN))
-        for side, bound in ((-1, measured.low), (1, measured.high))
-    )
-    return measured._replace(low=low, high=high)
+def half_interval(log_ratios: Sequence[float], centre: float) -> float:
+    """Half width of the 95 % interval around centre, in logarithms, from the scatter of rounds; infinite from one.
+
+    Calls within a round are not independent (clocks, caches, neighbours and addresses last longer than a call), so they
+    say nothing of the interval. A round is one draw of an address and of a moment; what a run's have in common, another
+    run lacks: with SHARED = 1 this is the prediction interval of one more round.
+    """
+    count = len(log_ratios)
+    if count < 2:
+        return math.inf
+    scatter = math.sqrt(sum((one - centre) ** 2 for one in log_ratios) / (count - 1))
+    t = T_95[min(count - 1, len(T_95)) - 1]
+    return math.hypot(t * scatter * math.sqrt(1 / count + SHARED), RUN_TO_RUN)
 
 
-def _bootstrap_medians(ordered: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of RESAMPLES resamples, with replacement, of ordered times."""
-    count = ordered.size
-    ranks = [(count + 1) // 2, count // 2 + 1]  # the same one where count is odd
-    lower = rng.beta(ranks[0], count + 1 - ranks[0], RESAMPLES)
-    upper = lower if ranks[0] == ranks[1] else 1 - (1 - lower) * rng.beta(count - ranks[0], 1, RESAMPLES)
-    low, high = ((count * draws).astype(int).clip(0, count - 1) for draws in (lower, upper))
-    return (ordered[low] + ordered[high]) / 2
+def is_enough(result: Speedup, rounds: int, precision: float, *, over: bool) -> bool:
+    """No further round: the interval is small, or the budget is over."""
+    return (rounds >= MIN_ROUNDS and result.half_width <= precision) or (rounds >= LEAST_ROUNDS and over)
 
 
 def works_on(late_ns: list[int], reference_late_ns: list[int], told_ns: list[int]) -> bool:
@@ -79,8 +86,8 @@ def works_on(late_ns: list[int], reference_late_ns: list[int], told_ns: list[int
     """
     if not late_ns or not told_ns:
         return False
-    wait = float(np.median(reference_late_ns)) if reference_late_ns else 0.0
-    return float(np.median(late_ns)) > wait + LATE_SLACK_NS + 0.1 * float(np.median(told_ns))
+    wait = median(reference_late_ns) if reference_late_ns else 0.0
+    return median(late_ns) > wait + LATE_SLACK_NS + 0.1 * median(told_ns)
 
 
 def skips_repeats(fresh_ns: list[int], repeat_ns: list[int]) -> bool:
@@ -90,4 +97,4 @@ def skips_repeats(fresh_ns: list[int], repeat_ns: list[int]) -> bool:
     """
     if len(fresh_ns) < 2 or not repeat_ns:
         return False
-    return min(fresh_ns) > FRESH_FACTOR * float(np.median(repeat_ns)) + FRESH_SLACK_NS
+    return min(fresh_ns) > FRESH_FACTOR * median(repeat_ns) + FRESH_SLACK_NS

@@ -1,0 +1,203 @@
+"""Intervals on synthetic times of known truth: how often they hold it, as the harness takes its rounds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from specgen_engine.evaluation.clock import CpuClock
+from specgen_engine.evaluation.modules import PLACED_BYTES, PLACES, TimedCalls
+from specgen_engine.evaluation.timing import (
+    LEAST_ROUNDS,
+    MIN_ROUNDS,
+    RUN_TO_RUN,
+    Round,
+    Speedup,
+    half_interval,
+    is_enough,
+    speedup,
+)
+
+CALLS, NOISE, RUNS = 30, 0.02, 250
+"""Calls of a block; standard deviation of the logarithm of a call's time; synthetic runs of a kind of disturbance."""
+BUDGET_ROUNDS, PRECISION, TRUTH = 8, 0.03, 2.0
+Disturbance = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+
+
+def drift(rng: np.random.Generator, count: int, calls: float, share: float = 0.03) -> np.ndarray:
+    """A first-order autoregressive process: what disturbs a call disturbs the next ones too, for some calls."""
+    keep = math.exp(-1 / calls)
+    steps, values = rng.normal(0, share, count), np.empty(count)
+    values[0] = steps[0]
+    for at in range(1, count):
+        values[at] = keep * values[at - 1] + math.sqrt(1 - keep * keep) * steps[at]
+    return values
+
+
+def independent(rng: np.random.Generator, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((rounds, CALLS)), np.zeros((rounds, CALLS))
+
+
+def places(rng: np.random.Generator, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each round's addresses are worth some percent, on either side."""
+    return tuple(np.repeat(rng.normal(0, 0.02, (rounds, 1)), CALLS, axis=1) for _ in range(2))  # type: ignore
+
+
+def by_turns(along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What lasts while blocks of both sides follow one another."""
+    parts = along.reshape(-1, 2, CALLS)
+    return parts[:, 0], parts[:, 1]
+
+
+def short_drift(rng: np.random.Generator, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    return by_turns(drift(rng, 2 * rounds * CALLS, 10))
+
+
+def long_drift(rng: np.random.Generator, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    return by_turns(drift(rng, 2 * rounds * CALLS, 2 * CALLS))
+
+
+def drift_of_one_side(rng: np.random.Generator, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """A host that launches late for three rounds or so disturbs only the side whose launches it can't hide."""
+    return np.zeros((rounds, CALLS)), drift(rng, rounds * CALLS, 1.5 * CALLS).reshape(rounds, CALLS)
+
+
+def two_states(rng: np.random.Generator, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """8 % slower or not, for 90 calls on average."""
+    changes = rng.random(2 * rounds * CALLS) < 1 / 90
+    return by_turns(0.08 * ((np.cumsum(changes) + rng.integers(2)) % 2))
+
+
+DISTURBANCES = (independent, places, short_drift, long_drift, drift_of_one_side, two_states)
+
+
+def runs_of(disturbance: Disturbance, seed: int) -> Iterator[list[Round]]:
+    """Each as long as the harness would go on, of at most BUDGET_ROUNDS."""
+    rng = np.random.default_rng(seed)
+    for _ in range(RUNS):
+        sides = disturbance(rng, BUDGET_ROUNDS)
+        process = rng.normal(0, RUN_TO_RUN / 1.96)  # what the whole run differs by from another
+        noisy = [np.exp(side + rng.normal(0, NOISE, side.shape)) * 1e6 for side in sides]
+        reference, candidate = noisy[0] * TRUTH * math.exp(process), noisy[1]
+        rounds: list[Round] = []
+        for mine, other in zip(reference, candidate, strict=True):
+            rounds.append(Round(mine.astype(int).tolist(), other.astype(int).tolist()))
+            if is_enough(speedup(rounds), len(rounds), PRECISION, over=False):
+                break
+        yield rounds
+
+
+def old_interval(rounds: list[Round], rng: np.random.Generator) -> tuple[float, float]:
+    """As it was told before: calls resampled as if they were independent, then 1 % in quadrature."""
+    sides = [np.array([ns for one in rounds for ns in one[side]], float) for side in range(2)]
+    medians = [np.median(rng.choice(side, (400, side.size)), axis=1) for side in sides]
+    ratio = float(np.median(sides[0]) / np.median(sides[1]))
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    off = [math.hypot((bound - ratio) / ratio, 0.01) for bound in (low, high)]
+    return ratio * (1 - off[0]), ratio * (1 + off[1])
+
+
+def coverage(intervals: list[tuple[float, float]]) -> float:
+    return sum(low <= TRUTH <= high for low, high in intervals) / len(intervals)
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES, ids=lambda one: one.__name__)
+def test_nineteen_of_twenty_intervals_hold_the_truth(disturbance: Disturbance) -> None:
+    found = [speedup(rounds) for rounds in runs_of(disturbance, seed=1)]
+    assert coverage([(one.low, one.high) for one in found]) >= 0.95
+    pairs = list(itertools.pairwise(found))
+    assert sum(a.low <= b.high and b.low <= a.high for a, b in pairs) / len(pairs) >= 0.95
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES[1:], ids=lambda one: one.__name__)
+def test_resampling_calls_as_if_they_were_independent_held_it_less_often(disturbance: Disturbance) -> None:
+    rng = np.random.default_rng(2)
+    assert coverage([old_interval(rounds, rng) for rounds in runs_of(disturbance, seed=1)]) < 0.93
+
+
+def test_where_nothing_disturbs_the_interval_is_what_runs_differ_by() -> None:
+    quiet = [Round([2_000_000] * 9, [1_000_000] * 9)] * MIN_ROUNDS
+    found = speedup(quiet)
+    assert (found.speedup, found.reference_ms, found.candidate_ms) == (2.0, 2.0, 1.0)
+    assert found.low == pytest.approx(2.0 * math.exp(-RUN_TO_RUN))
+    assert found.high == pytest.approx(2.0 * math.exp(RUN_TO_RUN))
+
+
+def test_more_calls_a_round_do_not_narrow_it_and_more_rounds_do() -> None:
+    few = [Round([2_000_000 + 40_000 * at] * 9, [1_000_000] * 9) for at in range(4)]
+    many = [Round(one.reference * 20, one.candidate * 20) for one in few]
+    assert speedup(many).half_width == pytest.approx(speedup(few).half_width)
+    assert speedup(few * 2).half_width < 0.8 * speedup(few).half_width
+
+
+def test_a_single_round_says_nothing_of_another() -> None:
+    assert half_interval([0.7], 0.7) == math.inf
+    assert speedup([Round([2], [1])]).low == 0.0
+
+
+def test_rounds_end_when_the_interval_is_small_or_the_budget_is_over() -> None:
+    narrow, wide = Speedup(2.0, 1.99, 2.01, 2.0, 1.0), Speedup(2.0, 1.5, 2.5, 2.0, 1.0)
+    assert is_enough(narrow, MIN_ROUNDS, 0.03, over=False)
+    assert not is_enough(narrow, MIN_ROUNDS - 1, 0.03, over=False)
+    assert not is_enough(wide, MIN_ROUNDS, 0.03, over=False)
+    assert is_enough(wide, LEAST_ROUNDS, 0.03, over=True)
+    assert not is_enough(wide, LEAST_ROUNDS - 1, 0.03, over=True)
+
+
+@pytest.mark.parametrize("rounds", [[], [Round([1, 2], [0, 3])], [Round([], [])]])
+def test_a_speedup_refuses_nonsense(rounds: list[Round]) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        speedup(rounds)
+
+
+def test_rounds_lie_at_several_places_in_memory_and_then_at_these_by_turns() -> None:
+    calls = TimedCalls(torch.relu, {0: [torch.randn(4096)]}, CpuClock(1))
+    places = [calls.working[0].data_ptr()]
+    for _ in range(2 * PLACES - 1):
+        calls.move()
+        calls.run([0], torch.relu)
+        assert torch.equal(calls.working[0], calls.sources[0][0])
+        places.append(calls.working[0].data_ptr())
+    assert len(set(places)) == PLACES
+    assert places[:PLACES] == places[PLACES:]
+
+
+def test_inputs_that_fill_much_memory_stay_where_they_are() -> None:
+    calls = TimedCalls(torch.relu, {0: [torch.empty(PLACED_BYTES + 1, dtype=torch.uint8)]}, CpuClock(1))
+    place = calls.working[0].data_ptr()
+    calls.move()
+    assert calls.working[0].data_ptr() == place
+
+
+FAULTS = """
+import resource, sys, torch
+from specgen_engine.evaluation.worker_main import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+x = torch.ones(4 << 20)
+def call():
+    return ((x + 1) * (x + 2)).sum()
+for _ in range(5):
+    call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_call_s_temporaries_get_the_memory_of_the_call_before() -> None:
+    faults = {}
+    for way in ("kept", "by default"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)
+        faults[way] = int(done.stdout)
+    assert faults["by default"] > 50_000, faults  # pages of 10 calls
+    assert 10 * faults["kept"] < faults["by default"], faults
