@@ -225,16 +225,16 @@ def test_bad_input_is_one_line(more: list[str], said: str, tmp_path: Path, capsy
 
 @pytest.mark.parametrize(("name", "other"), [("workers", 2), ("pool_tokens", 9), ("attention_backend", "fa3")])
 def test_a_report_goes_on_under_its_own_conditions_alone(name: str, other: object, tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
+    path, traces = tmp_path / "r.json", load_traces([BUNDLED])
     words = ["--traces", str(BUNDLED), "--gpus", "cpu", "--json", str(path)]
-    begun = end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))
+    begun = end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))
     words += ["--resume", str(path)]
     before_it_was_said = {key: value for key, value in begun.items() if key not in end_to_end.BEFORE_IT_WAS_SAID}
     path.write_text(json.dumps(before_it_was_said))
     assert (
-        end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))[name]
+        end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))[name]
         == begun[name]
     )
     path.write_text(json.dumps(begun | {name: other}))
     with pytest.raises(SpecGenError, match=f"its {name} is {other!r}, not "):
-        end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))
+        end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))
