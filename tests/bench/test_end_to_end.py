@@ -231,10 +231,7 @@ def test_a_report_goes_on_under_its_own_conditions_alone(name: str, other: objec
     words += ["--resume", str(path)]
     before_it_was_said = {key: value for key, value in begun.items() if key not in end_to_end.BEFORE_IT_WAS_SAID}
     path.write_text(json.dumps(before_it_was_said))
-    assert (
-        end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))[name]
-        == begun[name]
-    )
+    assert end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))[name] == begun[name]
     path.write_text(json.dumps(begun | {name: other}))
     with pytest.raises(SpecGenError, match=f"its {name} is {other!r}, not "):
         end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))
