@@ -66,6 +66,7 @@ class SchedulerExtension:
             max_running=scheduler.max_running_requests,
         )
         self.base_share = settings.scheduler.base_share
+        self.ahead = drafts_ahead(scheduler.server_args)
         self.watched: dict[str, Watched] = {}
         self.retracted = Retracted()
         self.turn: EngineTurn | None = None
@@ -172,7 +173,7 @@ class SchedulerExtension:
         watched = self.watched.get(search)
         prefix = min(watched.inserted, len(req.origin_input_ids)) if watched else 0
         new_tokens = len(req.origin_input_ids) - prefix + req.sampling_params.max_new_tokens
-        return Fork(req.rid, search, new_tokens + self.scheduler.page_size)
+        return Fork(req.rid, search, new_tokens + self.ahead + self.scheduler.page_size)
 
     def _ordinary_waiting(self) -> list[Any]:
         aside = {rid for rid, watched in self.watched.items() if watched.aside}
@@ -195,7 +196,9 @@ class SchedulerExtension:
             pool_tokens=scheduler.max_total_num_tokens,
             free_tokens=allocator.available_size() + tree.evictable_size(),
             promised_tokens=int(promised),
-            asked_tokens=sum(len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req in ordinary),
+            asked_tokens=sum(
+                len(req.origin_input_ids) + req.sampling_params.max_new_tokens + self.ahead for req in ordinary
+            ),
         )
 
     def give_way(self, batch: Any) -> None:
@@ -282,6 +285,15 @@ class SchedulerExtension:
         req.retraction_count -= 1
         self.retracted.ordinary -= 1
         watched.aside = True
+
+
+def drafts_ahead(server_args: Any) -> int:
+    """KV tokens that SGLang keeps allocated ahead of each decoding request: two steps' drafts, 0 without speculation
+    (mem_cache/allocation_sizing.py, get_alloc_reserve_per_decode)."""
+    if not getattr(server_args, "speculative_algorithm", None):
+        return 0
+    chain = (server_args.speculative_num_steps or 1) * (server_args.speculative_eagle_topk or 1)
+    return 2 * max(chain, server_args.speculative_num_draft_tokens or 0)
 
 
 def _entropy(req: Any, index: int) -> float:

@@ -23,6 +23,11 @@ def attach(_result: None, scheduler: Any) -> None:
     architecture = (scheduler.model_config.hf_config.architectures or [""])[0]
     if refused := tree_refusal(scheduler.tree_cache, scheduler.is_generation, architecture):
         raise HookError(f"--enable-specgen does not go with this model: {refused}")
+    if settings.replay and getattr(scheduler.server_args, "speculative_algorithm", None):
+        raise HookError(
+            "--specgen-replay dictates what the sampler says, and drafts are verified without it: "
+            "leave it or --speculative-algorithm out"
+        )
     register_messages()
     extension = scheduler.specgen = SchedulerExtension(scheduler, settings)
     extension.turn = engine_turn(scheduler.server_args.device, settings.evaluation.pause)

@@ -53,14 +53,17 @@ class Template:
     server.
     """
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
-        """Starts importing and returns; the first `start` waits for it. `log` gets the template's own output."""
+    def __init__(self, environment: Mapping[str, str], log: Path, modules: Sequence[str] = ()) -> None:
+        """Starts importing and returns; the first `start` waits for it. `log` gets the template's own output.
+
+        `modules` are imported last: stand-ins for what SGLang can't do on this machine.
+        """
         self._environment = dict(environment)
         self._ours, theirs = socket.socketpair()
         self._log = log
         with log.open("ab") as output, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "specgen_engine.serving.preload", str(theirs.fileno())],
+                [sys.executable, "-m", "specgen_engine.serving.preload", str(theirs.fileno()), *modules],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -199,4 +202,6 @@ if __name__ == "__main__":
     control = socket.socket(fileno=int(sys.argv[1]))
     _import_all()
     _pin_nothing()
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
     _serve_orders(control)

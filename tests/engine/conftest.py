@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,24 +73,41 @@ class Client:
 StartServer = Callable[..., AbstractContextManager[Client]]
 
 
+ARCHITECTURES = "SGLANG_DISABLED_MODEL_ARCHS"
+# Of no effect on servers without --speculative-algorithm.
+STAND_INS = ("tests.engine.speculative_cpu", "tests.engine.speculative_script")
+
+
+def new_template(log: Path, *options: str) -> Template:
+    """For servers of Llamas and of their EAGLE drafts."""
+    environment = {**prepare(["--tiny", *options]).environment, **STRICT}
+    disabled = environment[ARCHITECTURES].split(",")
+    environment[ARCHITECTURES] = ",".join(name for name in disabled if name != "llama_eagle")
+    return Template(environment, log, STAND_INS)
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
-    environment = {**prepare(["--tiny"]).environment, **STRICT}
-    with Template(environment, tmp_path_factory.mktemp("template") / "log") as one:
+    with new_template(tmp_path_factory.mktemp("template") / "log") as one:
         yield one
 
 
 @pytest.fixture(scope="session")
 def start_server(template: Template, tmp_path_factory: pytest.TempPathFactory) -> StartServer:
-    """start_server("--tiny", ...) -> a context manager that yields a Client; specgen=False leaves the flag out."""
+    """start_server("--tiny", ...) -> a context manager that yields a Client; specgen=False leaves the flag out.
+
+    variables: of the server's environment, beside those that every server here has. using: another template.
+    """
 
     @contextmanager
-    def start(*arguments: str, specgen: bool = True) -> Iterator[Client]:
+    def start(
+        *arguments: str, specgen: bool = True, variables: Mapping[str, str] | None = None, using: Template | None = None
+    ) -> Iterator[Client]:
         launch: Launch = prepare(arguments)
         words = [word for word in launch.arguments if specgen or word != "--enable-specgen"]
         log = tmp_path_factory.mktemp("server") / "log"
-        shared = None if launch.environment.get("TRITON_INTERPRET") else template
-        environment = {**launch.environment, **STRICT}
+        shared = using or (None if launch.environment.get("TRITON_INTERPRET") else template)
+        environment = {**launch.environment, **STRICT, **(variables or {})}
         with running_server(words, log, environment, template=shared) as server:
             yield Client(server)
         text = log.read_text(errors="replace")

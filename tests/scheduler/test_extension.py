@@ -284,6 +284,62 @@ def test_a_model_that_cannot_be_forked_stops_the_scheduler() -> None:
         attach(None, scheduler)
 
 
+class PairTree(Tree):
+    """Its keys are pairs of tokens (EAGLE), so that the last token of a fill range has no entry."""
+
+    is_eagle = True
+
+    def cache_unfinished_req(self, req: Req) -> None:
+        req.cache_protected_len = (req.extend_range.end - 1) // self.page_size * self.page_size
+
+    def checkpoint(self, req: Req, up_to: int) -> None:
+        req.cache_protected_len = (up_to - 1) // self.page_size * self.page_size
+
+
+def test_several_tokens_of_one_step_fire_each_trigger_where_it_was() -> None:
+    """Speculative decoding: the trigger's token may be followed by others, and only the last one has no KV yet."""
+    base = Req("base", "a")
+    scheduler = Scheduler(base)
+    scheduler.tree_cache = PairTree()
+    extension = extension_of(scheduler)
+    extension.observe([base])
+    base.output_ids += [ord(c) for c in "bcdefghi"]
+    base.kv_committed_len = len(PROMPT) + len(base.output_ids) - 1
+    extension.observe([base])
+    fired = [(sent.reasoning_tokens, sent.length, sent.inserted) for sent in scheduler.sent]
+    assert fired == [(3, 7, 6), (6, 10, 9), (9, 13, 11)]
+    assert base.extend_range.end == len(PROMPT), "the request goes on as before"
+
+
+def test_tokens_behind_a_closing_mark_in_the_same_step_fire_nothing() -> None:
+    base = Req("base", "ab</think>cdefgh")
+    scheduler = Scheduler(base)
+    extension_of(scheduler, "every:4").observe([base])
+    assert [sent.reasoning_tokens for sent in scheduler.sent] == [4, 8]
+
+
+def test_a_fork_asks_for_the_drafts_that_are_allocated_ahead_of_it() -> None:
+    fork = Req(fork_rid("base", 1), max_new=10)
+    scheduler = Scheduler(Req("base", "abc"))
+    plain = extension_of(scheduler)._fork(fork)
+    scheduler.server_args = SimpleNamespace(
+        speculative_algorithm="EAGLE", speculative_num_steps=3, speculative_eagle_topk=1, speculative_num_draft_tokens=4
+    )
+    assert extension_of(scheduler)._fork(fork).tokens == plain.tokens + 8
+
+
+def test_replay_beside_speculative_decoding_stops_the_scheduler() -> None:
+    """Drafts are verified without the sampler: a replay would go on with the model's own tokens, unnoticed."""
+    scheduler = Scheduler()
+    replaying = SpecGenConfig.model_validate({"replay": ["recorded"]})
+    scheduler.server_args = SimpleNamespace(specgen=replaying, speculative_algorithm="EAGLE")
+    scheduler.is_generation = True  # type: ignore[attr-defined]
+    scheduler.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Llama"]))  # type: ignore[attr-defined]
+    scheduler.tree_cache = SimpleNamespace(supports_swa=lambda: False, supports_mamba=lambda: False)  # type: ignore[assignment]
+    with pytest.raises(HookError, match="specgen-replay"):
+        attach(None, scheduler)
+
+
 def test_a_base_steps_aside_for_its_forks_and_returns() -> None:
     base, fork, other = Req("base", "abc"), Req(fork_rid("base", 1)), Req("other", "abc")
     scheduler = Scheduler(base, fork, other)
