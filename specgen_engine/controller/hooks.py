@@ -87,10 +87,27 @@ def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
         memory_bytes=int(wanted.memory_gb * (1 << 30)),
         sandbox={"auto": "prefer"}.get(wanted.sandbox, wanted.sandbox),
     )
-    pool = LocalPool(workers=wanted.workers, device=_device(settings, server_args), limits=limits, cache=wanted.cache)
+    device = _device(settings, server_args)
+    if shared := devices_shared(device, server_args):
+        logger.warning(
+            "specgen: candidates are evaluated on %s, which the engine serves on: they get the memory that "
+            "--mem-fraction-static %s leaves, and the engine stands still while they are timed "
+            "(--specgen-evaluation-pause); --specgen-evaluation-device names another GPU",
+            ",".join(shared), server_args.mem_fraction_static,
+        )  # fmt: skip
+    pool = LocalPool(workers=wanted.workers, device=device, limits=limits, cache=wanted.cache)
     if wanted.profile != "off":
         pool.evaluate_options = {"profile": wanted.profile}
     return pool
+
+
+def devices_shared(device: str, server_args: Any) -> list[str]:
+    """Those of the evaluators' GPUs (cuda:1,cuda:2) on which this server's own ranks run."""
+    if server_args.device == "cpu":
+        return []
+    ranks = range(server_args.tp_size)
+    own = {f"cuda:{server_args.base_gpu_id + rank * server_args.gpu_id_step}" for rank in ranks}
+    return [name for name in device.split(",") if ("cuda:0" if name == "cuda" else name) in own]
 
 
 def _device(settings: SpecGenConfig, server_args: Any) -> str:

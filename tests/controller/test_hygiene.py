@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from specgen_engine.config import EvaluationConfig, SpecGenConfig
 from specgen_engine.controller.adaptive import Family, View
 from specgen_engine.controller.competition import decide_again
-from specgen_engine.controller.hooks import require_pool
+from specgen_engine.controller.hooks import devices_shared, require_pool
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.triggers import ADAPTIVE_POINTS, fire_points, parse_trigger
 from specgen_engine.errors import ConfigError
@@ -223,6 +224,18 @@ def test_a_shared_pool_that_does_not_answer_refuses_the_start() -> None:
     with pytest.raises(PoolError, match=f"--specgen-evaluation-device {address}: nothing answers there"):
         require_pool(settings)
     require_pool(SpecGenConfig())
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "shared"),
+    [
+        ("cuda:1", "cuda", []), ("cuda:0", "cuda", ["cuda:0"]), ("cuda", "cuda", ["cuda"]),
+        ("cuda:1,cuda:2,cuda:3", "cuda", ["cuda:2"]), ("cpu", "cpu", []), ("cuda:0", "cpu", []),
+    ],
+)  # fmt: skip
+def test_gpus_that_engine_and_evaluators_share_are_told(device: str, engine: str, shared: list[str]) -> None:
+    server_args = SimpleNamespace(device=engine, base_gpu_id=0, gpu_id_step=2, tp_size=2)
+    assert devices_shared(device, server_args) == shared
 
 
 def test_what_a_shared_pool_would_not_heed_is_refused_beside_it() -> None:
