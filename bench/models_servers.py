@@ -41,6 +41,7 @@ MTP = (
     *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
 )
 MTP_NAME = "speculative decoding with a chain of drafts (MTP, EAGLE)"
+UNTRIED_TIER = "remote KV tier of DeepSeek-V4"
 TIER_POOL, FORK_POOL = 147_456, 131_072
 LENT = "3GiB"
 CHUNK_MIB = 64
@@ -127,4 +128,4 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
 def environment_of(facts: Facts, mode: Mode) -> Mapping[str, str]:
     """Strict accounting at every step, except where decoding speed is measured."""
     strict = {} if mode == "plain" else {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
-    return {**facts.environment, **strict, SWITCH: SCALED, TRY: f"DeepSeek-V4;{MTP_NAME}"}
+    return {**facts.environment, **strict, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}

@@ -38,8 +38,15 @@ def _above(name: str, least: int) -> Callable[[Any], bool]:
 
 
 def _chained(arguments: Any) -> bool:
-    """Drafts one after the other, whose KV stays where it was written when they are accepted."""
-    return arguments.speculative_algorithm == "EAGLE" and (arguments.speculative_eagle_topk or 1) == 1
+    """Drafts one after the other, by one worker, whose KV stays where it was written when they are accepted."""
+    other = _set("enable_multi_layer_eagle", "speculative_adaptive")(arguments)
+    return arguments.speculative_algorithm == "EAGLE" and (arguments.speculative_eagle_topk or 1) == 1 and not other
+
+
+def _own_layers(arguments: Any) -> bool:
+    """The drafts come from layers of the model itself (MTP), not from a draft model."""
+    draft = getattr(arguments, "speculative_draft_model_path", None)
+    return _chained(arguments) and draft in (None, getattr(arguments, "model_path", None))
 
 
 def _page_sizes(arguments: Any) -> tuple[int | None, ...]:
@@ -53,6 +60,8 @@ MODES: tuple[Mode, ...] = (
     Mode("chunked prefill", "--chunked-prefill-size", "works", "tests/engine/test_fork_kv.py"),
     Mode("LoRA", "--enable-lora, --lora-paths", "works",
          "tests/engine/test_modes.py: forks are sent under their base's adapter"),
+    Mode("speculative decoding with an EAGLE draft model", "--speculative-algorithm EAGLE --speculative-eagle-topk 1",
+         "works", "tests/engine/test_speculative.py: SGLang's worker on the CPU engine, its kernels in torch; greedy"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
@@ -80,11 +89,11 @@ MODES: tuple[Mode, ...] = (
     Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
          _above("nnodes", 1)),
     Mode("speculative decoding with a chain of drafts (MTP, EAGLE)", "--speculative-algorithm EAGLE", "refused",
-         "not run with forks yet: the draft's KV lies at the target's indices and is forked with it; leave it out",
-         lambda arguments: _chained(arguments), untested=True),
-    Mode("other speculative decoding (a tree of drafts, NGRAM, ...)", "--speculative-algorithm", "refused",
-         "accepted drafts of a tree are moved to other slots, and other drafters keep KV of their own; "
-         "use EAGLE with --speculative-eagle-topk 1",
+         "not run with forks where the drafts come from the model's own MTP layers: their KV lies at the target's "
+         "indices and is forked with it; leave it out", _own_layers, untested=True),
+    Mode("other speculative decoding (a tree of drafts, EAGLE3, NGRAM, ...)", "--speculative-algorithm", "refused",
+         "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
+         "lengths are untested; use EAGLE with --speculative-eagle-topk 1",
          lambda arguments: bool(arguments.speculative_algorithm) and not _chained(arguments)),
     Mode("prefill/decode disaggregation", "--disaggregation-mode", "refused",
          "a fork prefills where its base decodes; leave it out",
@@ -101,6 +110,9 @@ MODES: tuple[Mode, ...] = (
     Mode("DeepSeek-V4", "--model-path", "refused",
          "not run with forks yet: prefixes are published at multiples of 256 tokens; "
          "serve a model with full attention", untested=True),
+    Mode("remote KV tier of DeepSeek-V4", "--specgen-kv peer, loopback", "refused",
+         "not run on a GPU yet: on a CPU pages, losses and accounts of its pools are right; use --specgen-kv off",
+         untested=True),
     Mode("other hybrid models (sliding window, Mamba)", "--model-path", "refused",
          "the state of a prefix can't be published at any token; serve a model with full attention"),
     Mode("no tokenizer", "--skip-tokenizer-init", "refused", "triggers and grafts need the text; leave it out",
@@ -120,6 +132,12 @@ def refusals(server_args: Any, environ: Mapping[str, str] = os.environ) -> list[
     """One line a mode that is on and refused: option, reason, what to do."""
     on = [mode for mode in MODES if mode.verdict == "refused" and mode.is_on is not None and mode.is_on(server_args)]
     return [f"{mode.option}: {mode.why}" for mode in on if not _tried(mode, environ)]
+
+
+def refusal_of(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why a mode that is told elsewhere is refused, or None when the operator tries it."""
+    (mode,) = (mode for mode in MODES if mode.name == name)
+    return None if _tried(mode, environ) else f"{mode.option}: {mode.why}"
 
 
 def tree_refusal(

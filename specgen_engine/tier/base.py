@@ -18,15 +18,25 @@ class TierError(SpecGenError):
 
 
 class PageShape(NamedTuple):
-    """A page of a device pool: `planes` in the order of the layers, `planes_per_layer` of them to each layer."""
+    """A page of a device pool: `planes` in the order of the layers, `planes_per_layer` of them to each layer.
+
+    `widths`: planes of each layer, where layers differ in them; `planes_per_layer` is then the most.
+    """
 
     planes: list[_kv.Plane]
     planes_per_layer: int
     page_size: int
+    widths: tuple[int, ...] = ()
 
     @property
     def layers(self) -> int:
-        return len(self.planes) // self.planes_per_layer
+        return len(self.widths) or len(self.planes) // self.planes_per_layer
+
+    def span(self, layers: range) -> tuple[int, int]:
+        """(first plane, how many) of consecutive layers."""
+        if not self.widths:
+            return layers.start * self.planes_per_layer, len(layers) * self.planes_per_layer
+        return sum(self.widths[: layers.start]), sum(self.widths[layers.start : layers.stop])
 
     @property
     def page_bytes(self) -> int:
@@ -38,7 +48,7 @@ _SHAPES: dict[str, ShapeOf] = {}
 
 
 def register_pool(device_pool: str, shape_of: ShapeOf) -> None:
-    """Say how the pages of a device pool's class look: the seam for DSA's (GLM-5) and DeepSeek-V4's pool groups.
+    """Say how the pages of a device pool's class look: the seam for pools of one index space, as DSA's (GLM-5).
 
     `device_pool` is the class's own name, not a base class's: a subclass may lay out its buffers another way.
     `shape_of(pool, page_size)` raises TierError for a layout that it can't describe.

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,21 +19,33 @@ from specgen_engine.kv.cuda import CudaBackend
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.kv.native import _kv
-from specgen_engine.tier import dsa
+from specgen_engine.modes import TRY, refusal_of
+from specgen_engine.tier import dsa, dsv4
 from specgen_engine.tier.base import PageShape, TierError, page_shape
 from specgen_engine.tier.cache import TierRadixCache
 from specgen_engine.tier.lenders import Lenders
 from specgen_engine.tier.metrics import Stats
 from specgen_engine.tier.movers import CudaMover, LoopbackMover, PageMover
-from specgen_engine.tier.pool import ArenaPool, MHAArenaPool, MLAArenaPool
+from specgen_engine.tier.pool import ArenaPool, MHAArenaPool, MLAArenaPool, PartArenaPool
 from specgen_engine.tier.probe import probe
+from specgen_engine.tier.unified import Part, Parts, UnifiedTierCache, substituted
 
 logger = logging.getLogger(__name__)
 
 MAX_CHUNKS = 4096  # address space that is set aside: 256 GiB in chunks of 64 MiB
 FIRST_LOOK_S = 15.0
+UNTRIED = "remote KV tier of DeepSeek-V4"
 
 dsa.register()
+
+
+class Borrowed(NamedTuple):
+    """An arena with its leases. `chunks`: what the rank that borrowed least has; `owned`: from this process itself."""
+
+    arena: PageArena
+    lenders: Lenders
+    chunks: int
+    owned: bool
 
 
 def build_cache(ctx: Any, kv: KvConfig, original: Callable[[Any], Any]) -> Any:
@@ -43,31 +55,61 @@ def build_cache(ctx: Any, kv: KvConfig, original: Callable[[Any], Any]) -> Any:
     fallback to host.
     """
     device_pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
-    shape = page_shape(device_pool, ctx.params.page_size)
     stats = Stats(export=bool(ctx.params.enable_metrics), rank=ctx.tp_rank)
+    if dsv4.is_dsv4(device_pool):
+        return _build_unified(ctx, kv, original, device_pool, stats)
+    shape = page_shape(device_pool, ctx.params.page_size)
     backend, arena = make_arena(device_pool, shape, kv)
     lender = own_lender(kv, backend, ctx.tp_rank) if kv.tier == "loopback" and kv.directory is None else None
-    directory = lender.path.parent if lender is not None else kv.socket_directory
-    share = 1 if lender is not None else ctx.tp_size
-    lenders = Lenders(arena, directory, f"{os.getppid()}-tp{ctx.tp_rank}", share, kv.max_chunks or MAX_CHUNKS, stats)
-    chunks = _least(_borrow(lenders), ctx.params.tp_cache_group)
-    if chunks == 0:
-        return _without_lenders(ctx, kv, original, lenders)
-    mover: PageMover = LoopbackMover(shape, arena, stats) if kv.tier == "loopback" else CudaMover(shape, arena, stats)
-    report = probe(device_pool, shape, arena)
-    logger.info("remote KV tier (%s): %d chunks from %s; %s", kv.tier, chunks, ", ".join(lenders.alive), report)
-    logical = (chunks if lender is not None else min(MAX_CHUNKS, 2 * chunks + 16)) * arena.layout.pages_per_chunk
+    one = _borrow(ctx, kv, arena, lender, stats)
+    if one.chunks == 0:
+        return _without_lenders(ctx, kv, original, [one.lenders])
     kind = MLAArenaPool if shape.planes_per_layer == 1 else MHAArenaPool
-    pool = kind(device_pool, shape, arena, mover, logical, stats)
+    pool = _make_pool(kind, device_pool, shape, one, kv, stats)
 
     def make_pool(*_args: Any, **_kwargs: Any) -> ArenaPool:
         return pool
 
     with dsa.attached(pool):
         cache = TierRadixCache(ctx.params, ctx.server_args, make_pool)
-    cache.lenders, cache.own_lender = lenders, lender
-    lenders.watch(pool.move)
+    cache.all_lenders, cache.own_lender = [one.lenders], lender
+    one.lenders.watch(pool.move)
     ctx.tp_worker.register_hicache_layer_transfer_counter(cache.cache_controller.layer_done_counter)
+    return cache
+
+
+def _build_unified(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], device_pool: Any, stats: Stats) -> Any:
+    """DeepSeek-V4: SGLang makes the radix cache as it would, of our class, with an arena for each index space."""
+    if (untried := refusal_of(UNTRIED)) is not None:
+        raise TierError(f"{dsv4.POOL}: {untried}, or {TRY}={UNTRIED!r} to try it")
+    if ctx.server_args.hicache_storage_backend is not None:
+        raise TierError(
+            f"--hicache-storage-backend {ctx.server_args.hicache_storage_backend} with {dsv4.POOL}: files hold pages "
+            "of each of its buffers, and the remote KV tier moves them together: leave it out"
+        )
+    size = ctx.params.token_to_kv_pool_allocator.size_full
+    spaces = dsv4.spaces_of(device_pool, ctx.params.page_size, size)
+    weights = [space.shape.page_bytes * (space.size // space.shape.page_size) for space in spaces]
+    arenas = [make_arena(space, space.shape, kv) for space in spaces]
+    lender = own_lender(kv, arenas[0][0], ctx.tp_rank) if kv.tier == "loopback" and kv.directory is None else None
+    borrowed = [
+        _borrow(ctx, kv, arena, lender, stats, space.name, weight / sum(weights))
+        for space, (_, arena), weight in zip(spaces, arenas, weights, strict=True)
+    ]
+    if min(one.chunks for one in borrowed) == 0:
+        return _without_lenders(ctx, kv, original, [one.lenders for one in borrowed])
+    pools = [
+        _make_pool(PartArenaPool, space, space.shape, one, kv, stats)
+        for space, one in zip(spaces, borrowed, strict=True)
+    ]
+    parts = Parts(*(Part(space, pool) for space, pool in zip(spaces, pools, strict=True)))
+    with substituted(lambda params: UnifiedTierCache(params, parts), parts):
+        cache = original(ctx)
+    if not isinstance(cache, UnifiedTierCache):
+        raise TierError(f"--specgen-kv: SGLang made a {type(cache).__name__} for {dsv4.POOL}: use host or off")
+    cache.all_lenders, cache.own_lender = [one.lenders for one in borrowed], lender
+    for one, pool in zip(borrowed, pools, strict=True):
+        one.lenders.watch(pool.move)
     return cache
 
 
@@ -96,30 +138,68 @@ def own_lender(kv: KvConfig, backend: Backend, rank: int) -> Lender:
 def describe(scheduler: Any) -> dict[str, Any] | None:
     """Counts and recounted books of a scheduler's tier; None without one."""
     cache = scheduler.tree_cache
-    if not isinstance(cache, TierRadixCache):
+    if not isinstance(cache, TierRadixCache | UnifiedTierCache):
         return None
-    state: dict[str, Any] = {"counts": dict(cache.stats.counts), "lenders": cache.lenders.alive}
+    alive = sorted({name for lenders in cache.all_lenders for name in lenders.alive})
+    state: dict[str, Any] = {"counts": dict(cache.stats.counts), "lenders": alive}
+    unified = isinstance(cache, UnifiedTierCache)
+    pools = (
+        {"pages": cache.parts.tokens.pool, "window_pages": cache.parts.window.pool}
+        if unified
+        else {"pages": cache.pool}
+    )
     try:
-        state["pages"] = cache.pool.check_integrity()
+        for name, pool in pools.items():
+            state[name] = pool.check_integrity()
         state["integrity"] = "ok"
     except KvError as error:
         state["integrity"] = str(error)
     allocator = cache.token_to_kv_pool_allocator
     state["device"] = {
-        "free": int(allocator.available_size()),
+        "free": int(allocator.full_available_size() if unified else allocator.available_size()),
         "evictable": int(cache.evictable_size()),
         "protected": int(cache.protected_size()),
         "total": int(scheduler.max_total_num_tokens),
     }
+    if unified:
+        state["window_device"] = {
+            "free": int(allocator.swa_available_size()),
+            "evictable": int(cache.swa_evictable_size()),
+            "protected": int(cache.swa_protected_size()),
+            "total": int(allocator.size_swa),
+        }
     return state
 
 
-def _borrow(lenders: Lenders) -> int:
-    """Lenders of other ranks may be busy with their own claims: look again for a while."""
+def _borrow(
+    ctx: Any, kv: KvConfig, arena: PageArena, lender: Lender | None, stats: Stats, space: str = "", fraction: float = 1
+) -> Borrowed:
+    """`fraction`: what this index space gets of all that the rank may borrow.
+
+    Lenders of other ranks may be busy with their own claims: look again for a while.
+    """
+    directory = lender.path.parent if lender is not None else kv.socket_directory
+    share = (1 if lender is not None else ctx.tp_size) / fraction
+    name = f"{os.getppid()}-tp{ctx.tp_rank}" + (f"-{space}" if space else "")
+    most = max(1, int((kv.max_chunks or MAX_CHUNKS) * fraction))
+    lenders = Lenders(arena, directory, name, share, most, stats)
     end = time.monotonic() + FIRST_LOOK_S
     while lenders.look() == 0 and time.monotonic() < end and lenders.alive:
         time.sleep(0.2)
-    return lenders.chunks
+    return Borrowed(arena, lenders, _least(lenders.chunks, ctx.params.tp_cache_group), lender is not None)
+
+
+def _make_pool(
+    kind: type[ArenaPool], device_pool: Any, shape: PageShape, one: Borrowed, kv: KvConfig, stats: Stats
+) -> ArenaPool:
+    """A pool over a borrowed arena, after a probe of it. Raises TierError when bytes come back changed."""
+    arena = one.arena
+    mover: PageMover = LoopbackMover(shape, arena, stats) if kv.tier == "loopback" else CudaMover(shape, arena, stats)
+    report = probe(device_pool, shape, arena)
+    name = f"{kv.tier}, {device_pool.name}" if isinstance(device_pool, dsv4.Space) else kv.tier
+    logger.info("remote KV tier (%s): %d chunks from %s; %s", name, one.chunks, ", ".join(one.lenders.alive), report)
+    chunks = one.chunks if one.owned else min(MAX_CHUNKS, 2 * one.chunks + 16)
+    return kind(device_pool, shape, arena, mover, chunks * arena.layout.pages_per_chunk, stats)
 
 
 def _least(value: int, group: Any) -> int:
@@ -129,10 +209,15 @@ def _least(value: int, group: Any) -> int:
     return int(tensor[0])
 
 
-def _without_lenders(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], lenders: Lenders) -> Any:
-    reasons = "; ".join(f"{name}: {why}" for name, why in lenders.refusals.items()) or "no lender answered"
-    lenders.close()
+def _without_lenders(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], all_lenders: list[Lenders]) -> Any:
+    refusals = {name: why for lenders in all_lenders for name, why in lenders.refusals.items()}
+    reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items()) or "no lender answered"
+    for lenders in all_lenders:
+        lenders.close()
     if kv.fallback == "host":
         logger.warning("--specgen-kv %s: a rank could borrow nothing (%s): falling back to host", kv.tier, reasons)
         return original(ctx)
-    raise TierError(f"--specgen-kv {kv.tier}: a rank could borrow nothing from {lenders.directory} ({reasons})")
+    needed = f", and {dsv4.POOL} needs a chunk for each of its index spaces" if len(all_lenders) > 1 else ""
+    raise TierError(
+        f"--specgen-kv {kv.tier}: a rank could borrow nothing from {all_lenders[0].directory} ({reasons}){needed}"
+    )

@@ -27,12 +27,14 @@ class Lenders:
         arena: maps the chunks.
         directory: of the lenders' sockets; need not exist yet.
         name: of this borrower; one lease a name and lender.
-        share: how many borrowers divide a lender between them.
+        share: into how many such parts a lender is divided between its borrowers.
         max_chunks: borrowed at most, from all lenders together.
         stats: counts revocations and losses.
     """
 
-    def __init__(self, arena: PageArena, directory: Path, name: str, share: int, max_chunks: int, stats: Stats) -> None:
+    def __init__(
+        self, arena: PageArena, directory: Path, name: str, share: float, max_chunks: int, stats: Stats
+    ) -> None:
         self.arena = arena
         self.directory = directory
         self.refusals: dict[str, str] = {}
@@ -120,7 +122,7 @@ class Lenders:
             self.refusals[path.stem] = str(error)
 
     def _wanted(self, link: Link) -> int:
-        mine = max(1, link.total_chunks // self._share) - link.chunks
+        mine = max(1, int(link.total_chunks / self._share)) - link.chunks
         return min(mine, self._max_chunks - self.chunks, self.arena.free_slots())
 
     def _evacuate(self, path: Path, slots: list[int], bound_s: float) -> None:

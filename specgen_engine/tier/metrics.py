@@ -29,7 +29,12 @@ COUNTERS = {
     "late_mismatched_pages": "Pages whose tag changed while they were read.",
     "lenders_lost": "Lenders that died or ended a lease.",
 }
-GAUGES = {"capacity_pages": "Pages that lenders give room for.", "used_pages": "Logical pages in use."}
+GAUGES = {
+    "capacity_pages": "Pages that lenders give room for.",
+    "used_pages": "Logical pages in use.",
+    "window_capacity_pages": "The same of DeepSeek-V4's window, which has pages of its own.",
+    "window_used_pages": "The same of DeepSeek-V4's window.",
+}
 
 
 class Stats:

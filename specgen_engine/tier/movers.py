@@ -168,15 +168,12 @@ class CudaMover:
     def __init__(self, shape: PageShape, arena: PageArena, stats: Stats) -> None:
         self._shape, self._arena, self._stats = shape, arena, stats
         self._device = torch.device("cuda", arena.backend.device)  # type: ignore[attr-defined]
-        per_layer = shape.planes_per_layer
         backend: Any = copy(arena.backend)
         backend.staging_bytes = 0  # a layer's share is moved by one kernel: no staging memory for each
         self._groups = launch_groups(shape.layers)
         self._first = {group.start: number for number, group in enumerate(self._groups)}
         self._copiers: list[Any] = [
-            backend.copier(
-                _kv.select_planes(arena.layout, group.start * per_layer, len(group) * per_layer), arena.space.base
-            )
+            backend.copier(_kv.select_planes(arena.layout, *shape.span(group)), arena.space.base)
             for group in self._groups
         ]
         self._import: _Transfer | None = None

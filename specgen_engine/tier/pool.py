@@ -96,6 +96,14 @@ class ArenaPool(HostKVCache):
     def destroy(self) -> None:
         """Nothing of this process is registered with the driver."""
 
+    def used_pages(self) -> int:
+        """Logical pages that are given out."""
+        return self.page_num - (len(self.free_slots) + self.num_release_slots) // self.page_size
+
+    def available_size(self) -> int:
+        """Tokens that `alloc` would give out: within the agreed limit, which may have fallen below what is used."""
+        return max(0, min(self.page_num, self.limit) - self.used_pages()) * self.page_size
+
     @synchronized
     def clear(self) -> None:
         super().clear()
@@ -107,8 +115,7 @@ class ArenaPool(HostKVCache):
     @synchronized
     def alloc(self, need_size: int) -> torch.Tensor | None:
         """Logical indices, of which those without room in the arena count as lost. None beyond the agreed limit."""
-        used = self.page_num - self.available_size() // self.page_size
-        if used + need_size // self.page_size > self.limit:
+        if self.used_pages() + need_size // self.page_size > self.limit:
             return None
         indices = super().alloc(need_size)
         if indices is not None:
@@ -291,6 +298,14 @@ class ArenaPool(HostKVCache):
         waiting, self._freed_in_flight = self._freed_in_flight, []
         for refs in waiting:
             self._release(refs)
+
+
+class PartArenaPool(ArenaPool):
+    """One index space of a pool that has several; SGLang's group of host pools gives it its indices as they are."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.can_use_write_back_jit = True  # else the group moves host indices to the GPU before a write
 
 
 class MHAArenaPool(ArenaPool):

@@ -26,7 +26,7 @@ class Prefetcher:
     """Of one scheduler.
 
     Args:
-        cache: TierRadixCache.
+        cache: a TierCache.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -34,12 +34,13 @@ class Prefetcher:
         self._step = 0
         self._looked: dict[str, int] = {}
 
-    def step(self, queue: Sequence[Any], promised: int) -> int:
+    def step(self, queue: Sequence[Any], promised: int, running: int = 0) -> int:
         """After a step's admissions: start fetching for those still in the queue; returns the tokens on their way.
 
         Args:
             queue: requests that wait, in order.
             promised: tokens that running requests may still ask for.
+            running: how many they are.
         """
         self._step += 1
         cache = self._cache
@@ -49,7 +50,7 @@ class Prefetcher:
         allocator = cache.token_to_kv_pool_allocator
         unread = cache.unread_tokens()
         free, kept = int(allocator.available_size()) + unread, int(cache.evictable_size()) - unread
-        spare = spare_tokens(free, kept, promised)
+        spare = min(spare_tokens(free, kept, promised), cache.spare_window(running))
         by_rid = {str(req.rid): req for req in queue[:LOOKED_AT]}
         due = self._due(by_rid) if spare else []
         if not due:
@@ -94,4 +95,4 @@ def after_admissions(scheduler: Any, batch: Any, running: Any) -> None:
         return
     reqs = [*running.reqs, *(batch.reqs if batch is not None else ())]
     promised = promised_tokens(reqs, scheduler.chunked_req, scheduler.new_token_ratio_tracker.current)
-    prefetcher.step(scheduler.waiting_queue, promised)
+    prefetcher.step(scheduler.waiting_queue, promised, len(reqs))

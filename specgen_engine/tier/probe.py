@@ -29,6 +29,8 @@ class Report(NamedTuple):
 
 def buffers_of(device_pool: Any) -> list[torch.Tensor]:
     """The pool's tensors in the order of its planes."""
+    if hasattr(device_pool, "tier_buffers"):
+        return list(device_pool.tier_buffers)
     if hasattr(device_pool, "k_buffer"):
         return [one for pair in zip(device_pool.k_buffer, device_pool.v_buffer, strict=True) for one in pair]
     if hasattr(device_pool, "index_k_with_scale_buffer"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,14 +98,6 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
     sharded.layer_shard_enabled = True
     with pytest.raises(TierError, match="sharded"):
         planes_of(sharded, PAGE)
-
-
-def test_deepseek_v4s_pool_is_refused_by_its_name() -> None:
-    class DeepSeekV4TokenToKVPool(SimpleNamespace):
-        pass
-
-    with pytest.raises(TierError, match=r"DeepSeekV4TokenToKVPool is not supported.*--specgen-kv host or off"):
-        page_shape(DeepSeekV4TokenToKVPool(), 256)
 
 
 def test_sglangs_radix_cache_gets_our_pool_where_it_would_make_two() -> None:

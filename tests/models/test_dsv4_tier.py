@@ -1,0 +1,327 @@
+"""DeepSeek-V4's tier on a CPU: SGLang's own pool and UnifiedRadixCache, two arenas, every byte compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.models import dsv4_support as v4
+from tests.models.dsv4_storm import Storm
+from tests.models.dsv4_support import PAGE, Setting, setting
+
+LENGTH = 3 * PAGE
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def one(tmp_path: Path, group: Any) -> Iterator[Setting]:
+    with setting(tmp_path, group) as made:
+        yield made
+
+
+def ids_of(prefix: int, length: int = LENGTH) -> list[int]:
+    return [100_000 * (prefix + 1) + at for at in range(length)]
+
+
+def value_of(prefix: int, page: int) -> int:
+    return prefix * 100 + page
+
+
+def publish(one: Setting, prefix: int, length: int = LENGTH, released: int = 0) -> torch.Tensor:
+    """Compute a prefix and put it into the tree; `released` tokens at its front have left the window before."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    indices = one.take(length)
+    assert indices is not None
+    pages = (indices[::PAGE] // PAGE).tolist(), (one.window_of(indices)[::PAGE] // PAGE).tolist()
+    for space, own in zip(one.spaces, pages, strict=True):
+        for at, page in enumerate(own):
+            v4.stamp(space, page, value_of(prefix, at))
+    if released:
+        one.allocator.free_swa(indices[:released])
+    params = InsertParams(key=RadixKey(ids_of(prefix, length), None), value=indices, swa_evicted_seqlen=released)
+    one.cache.insert(params)
+    one.cache.check_hicache_events()
+    return indices
+
+
+def match(one: Setting, prefix: int, length: int = LENGTH) -> Any:
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    return one.cache.match_prefix(MatchPrefixParams(key=RadixKey(ids_of(prefix, length), None)))
+
+
+def restore(one: Setting, prefix: int, length: int = LENGTH) -> int:
+    """As a request is admitted: matched, locked, loaded back. Every byte of what it gets is compared."""
+    from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams
+
+    found = match(one, prefix, length)
+    req = v4.request(found)
+    indices = found.device_indices
+    lock = one.cache.inc_lock_ref(req.last_node)
+    if found.host_hit_length or found.swa_host_hit_length:
+        params = InitLoadBackParams(found.best_match_node, found.host_hit_length, req=req)
+        loaded, _ = one.cache.init_load_back(params)
+        indices = torch.cat([indices, loaded])
+        one.cache.ready_to_load_host_cache()
+    one.cache.dec_lock_ref(req.last_node, lock.to_dec_params())
+    one.cache.check_hicache_events()
+    compare(one, prefix, indices)
+    return len(indices)
+
+
+def compare(one: Setting, prefix: int, indices: torch.Tensor) -> None:
+    tokens, window = one.spaces
+    for at, page in enumerate((indices[::PAGE] // PAGE).tolist()):
+        assert v4.holds(tokens, page, value_of(prefix, at)), f"page {at} of prefix {prefix} has other blocks"
+    if len(indices):  # one page is more than the window
+        last = int(one.window_of(indices[-PAGE:])[0]) // PAGE
+        assert last > 0
+        assert v4.holds(window, last, value_of(prefix, len(indices) // PAGE - 1)), "the window is another's"
+
+
+def evict(one: Setting) -> None:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    one.cache.evict(EvictParams(num_tokens=10**6, swa_num_tokens=10**6))
+
+
+def wipe(one: Setting) -> None:
+    for space in one.spaces:
+        for buffer in space.tier_buffers:
+            buffer.view(torch.uint8).zero_()
+
+
+def test_a_page_of_each_index_space_has_all_buffers_of_sglangs_host_pools() -> None:
+    from specgen_engine.tier.dsv4 import spaces_of
+
+    tokens, window = spaces_of(v4.device_pool(8, 6), PAGE, 8 * PAGE)
+    block_4, block_128 = 64 * 584 + 64, 2 * 584 + 560  # padded to multiples of 576
+    assert (tokens.layers, tokens.shape.widths) == ((1, 2), (2, 1))
+    assert tokens.shape.page_bytes == block_4 + 64 * 132 + block_128
+    assert (window.layers, window.shape.widths) == ((0, 1, 2), (1, 3, 1))
+    keys = 256 * 584 + 256
+    assert window.shape.page_bytes == 3 * keys + 8 * (2048 + 512) * 4
+    assert [tokens.shape.span(range(1, 2)), window.shape.span(range(1, 3))] == [(2, 1), (1, 4)]
+
+
+def test_every_buffer_comes_back_byte_for_byte(one: Setting) -> None:
+    publish(one, 0)
+    publish(one, 1)
+    evict(one)
+    assert one.allocator.full_available_size() == one.allocator.size_full
+    assert one.allocator.swa_available_size() == one.allocator.size_swa
+    wipe(one)
+    found = match(one, 1)
+    assert (len(found.device_indices), found.host_hit_length, found.swa_host_hit_length) == (0, LENGTH, PAGE)
+    assert restore(one, 1) == LENGTH
+    assert restore(one, 0) == LENGTH
+    one.books()
+    counts = one.cache.stats.counts
+    assert (counts["restores"], counts["restored_tokens"]) == (2, 2 * LENGTH)
+    tokens, window = one.spaces
+    assert counts["restored_bytes"] == 2 * (3 * tokens.shape.page_bytes + window.shape.page_bytes)
+    assert restore(one, 1) == LENGTH
+    assert one.cache.stats.counts["restores"] == 2, "what the device has is not loaded again"
+
+
+def test_a_flush_gives_all_pages_back(one: Setting) -> None:
+    publish(one, 0)
+    one.cache.reset()
+    one.allocator.clear()
+    one.books()
+    assert [pool.check_integrity()["used"] for pool in one.pools] == [0, 0]
+
+
+def test_a_prefix_whose_window_is_gone_is_computed_again_from_where_one_is_left(one: Setting) -> None:
+    """As SGLang treats it: the tokens' copy is whole, and found only up to the last end that has its window."""
+    publish(one, 0, PAGE)
+    publish(one, 0, 2 * PAGE)
+    publish(one, 0, 3 * PAGE)
+    evict(one)
+    wipe(one)
+    (_, middle, last) = v4.path(one, match(one, 0).best_match_node)
+    lose(one, 1, last)
+    assert match(one, 0).host_hit_length == 2 * PAGE
+    lose(one, 1, middle)
+    assert match(one, 0).host_hit_length == PAGE
+    one.books()
+    assert restore(one, 0) == PAGE
+
+
+def test_an_inner_window_that_is_lost_hides_no_longer_prefix(one: Setting) -> None:
+    publish(one, 0, PAGE)
+    publish(one, 0, 2 * PAGE)
+    publish(one, 0, 3 * PAGE)
+    evict(one)
+    wipe(one)
+    (_, middle, _) = v4.path(one, match(one, 0).best_match_node)
+    lose(one, 1, middle)
+    assert match(one, 0, 2 * PAGE).host_hit_length == PAGE
+    assert match(one, 0).host_hit_length == 3 * PAGE
+    assert restore(one, 0) == 3 * PAGE
+    one.books()
+
+
+def test_tokens_that_are_lost_take_what_lies_behind_them(one: Setting) -> None:
+    publish(one, 0, PAGE)
+    publish(one, 0, 3 * PAGE)
+    evict(one)
+    wipe(one)
+    last = v4.path(one, match(one, 0).best_match_node)[-1]
+    lose(one, 0, last)
+    assert match(one, 0).host_hit_length <= 2 * PAGE
+    one.books()
+    assert restore(one, 0) > 0
+
+
+def lose(one: Setting, part: int, node: Any, page: int = -1) -> None:
+    """A rank says at the next step that a page of a node is lost."""
+    from specgen_engine.tier.unified_losses import FULL, WINDOW
+
+    copy = node.component_data[(FULL, WINDOW)[part]].host_value
+    one.pools[part]._lose((copy[::PAGE].numpy() // PAGE)[[page]])
+    one.cache.check_hicache_events()
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["tokens", "window"])
+def test_what_the_device_has_is_written_again(one: Setting, part: int) -> None:
+    publish(one, 0)
+    (*_, last) = v4.path(one, match(one, 0).best_match_node)
+    written = one.cache.stats.counts["written_bytes"]
+    lose(one, part, last)
+    one.cache.check_hicache_events()
+    again = one.cache.stats.counts["written_bytes"] - written
+    sizes = [space.shape.page_bytes for space in one.spaces]
+    assert again == (sizes[1] if part else sizes[0] + sizes[1])
+    one.books()
+    evict(one)
+    wipe(one)
+    assert restore(one, 0) == LENGTH
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["tokens", "window"])
+def test_a_page_with_another_tag_is_a_miss(one: Setting, part: int) -> None:
+    import ctypes
+
+    from specgen_engine.tier.movers import _tag_address
+    from specgen_engine.tier.unified_losses import FULL, WINDOW
+
+    publish(one, 0, PAGE)
+    publish(one, 0, 2 * PAGE)
+    evict(one)
+    wipe(one)
+    last = v4.path(one, match(one, 0, 2 * PAGE).best_match_node)[-1]
+    pool = one.pools[part]
+    copy = last.component_data[(FULL, WINDOW)[part]].host_value
+    address = _tag_address(pool.arena, pool._refs(copy[:1].numpy() // PAGE))
+    ctypes.memset(address, 0xEE, 8)
+    assert restore(one, 0, 2 * PAGE) == PAGE
+    assert one.cache.stats.counts["mismatched_pages"] == 1
+    assert one.cache.stats.counts["missed_tokens"] == PAGE
+    one.cache.check_hicache_events()
+    one.books()
+
+
+def test_pages_move_to_another_lender_when_theirs_takes_its_memory_back(tmp_path: Path, group: Any) -> None:
+    with setting(tmp_path, group, chunks=(8, 8)) as one:
+        publish(one, 0)
+        evict(one)
+        wipe(one)
+        for epoch in one.own[0].epochs().values():
+            one.own[0].revoke(epoch, 8, bound_s=2.0)
+        one.cache.check_hicache_events()
+        assert one.cache.stats.counts["moved_pages"] > 0
+        one.books()
+        assert restore(one, 0) == LENGTH
+
+
+def test_when_all_lenders_have_gone_everything_is_computed_again_and_the_books_are_right(one: Setting) -> None:
+    publish(one, 0)
+    publish(one, 1)
+    evict(one)
+    wipe(one)
+    for lender in one.own:
+        for epoch in lender.epochs().values():
+            lender.revoke(epoch, 16, bound_s=2.0)
+    assert restore(one, 0) == 0
+    one.cache.check_hicache_events()
+    one.books()
+    assert [pool.check_integrity()["used"] for pool in one.pools] == [0, 0]
+    publish(one, 2)
+    one.books()
+
+
+def test_books_and_bytes_are_right_in_storms_of_losses_deaths_and_prefetches(tmp_path: Path, group: Any) -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(10):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        with setting(folder, group, chunks=(6, 6)) as one:
+            storm = Storm(one, seed, folder=folder)
+            storm.play(250)
+            counts += Counter({"deaths": storm.deaths, **one.cache.stats.counts})
+    for name in ("restored_tokens", "prefetched_tokens", "missed_tokens", "lost_pages", "moved_pages", "deaths"):
+        assert counts[name] > 0, name
+    assert counts["late_mismatched_pages"] == counts["mismatched_pages"] == 0
+
+
+CONTEXT: dict[str, Any] = {"pages": 8, "window_pages": 6}
+
+
+def refusal(group: Any, monkeypatch: pytest.MonkeyPatch, tried: bool = True, **given: Any) -> str:
+    from specgen_engine.config import KvConfig
+    from specgen_engine.modes import TRY
+    from specgen_engine.tier.base import TierError
+    from specgen_engine.tier.build import UNTRIED, build_cache
+
+    monkeypatch.setenv(TRY, UNTRIED if tried else "")
+    with pytest.raises(TierError) as refused:
+        build_cache(v4.context(group, **CONTEXT, **given), KvConfig(tier="loopback", chunk_mib=2), pytest.fail)
+    return str(refused.value)
+
+
+def test_it_starts_only_where_the_operator_tries_it(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(group, monkeypatch, tried=False)
+    assert "not run on a GPU yet" in message
+    assert "SPECGEN_TRY_MODES='remote KV tier of DeepSeek-V4'" in message
+
+
+def test_storage_below_it_is_refused(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(group, monkeypatch, hicache_storage_backend="file")
+    assert "--hicache-storage-backend file with DeepSeekV4TokenToKVPool" in message
+    assert message.endswith("leave it out")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda pool: setattr(pool, "_unified_kv", True), "in one buffer is not supported"),
+        (lambda pool: setattr(pool, "c4_kv_pool", object()), "blocks of 4 in a object are not supported"),
+        (lambda pool: setattr(pool, "swa_page_size", 128), "--page-size 256: .*the window's 128: use 256"),
+        (lambda pool: setattr(pool, "swa_size", 8 * PAGE), "a window buffer of .* has 7 pages for 2048 tokens"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(spoil: Callable[[Any], None], says: str) -> None:
+    from specgen_engine.tier.base import TierError
+    from specgen_engine.tier.dsv4 import spaces_of
+
+    pool = v4.device_pool(8, 6)
+    spoil(pool)
+    with pytest.raises(TierError, match=says):
+        spaces_of(pool, PAGE, 8 * PAGE)
