@@ -97,7 +97,8 @@ class Verdict:
     extra_ms: on a GPU, medians beside candidate_ms: candidate_warm and reference_warm (inputs left in the L2 cache),
         candidate_graph (replays of the call as a CUDA graph) where it can be captured.
     conditions: of the GPU while it was timed: use (turn: other evaluations were kept off it; turn, quiet: KV copies
-        too), clocks, temperature, power, throttling, each [before, after]. On either device rounds_ms: the medians of
+        too), clocks, temperature, power, throttling, each [before, after]; host_behind: of reference and candidate,
+        the share of calls that the GPU began before all of it was launched. On either device rounds_ms: the medians of
         [reference, candidate] in each round; asked_again: the suspicion for which timing was made once more; engine:
         ran, when one that serves on the device did not stand still.
     max_abs_error, max_rel_error: largest over the elements compared last, where both are floating point.

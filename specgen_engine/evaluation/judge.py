@@ -238,7 +238,8 @@ class Judge:
         if moved:
             self.calls.move()
         times, _ = self.calls.run(sequence, self.model)
-        return {"event": "timed", "ns": times, "late": self.clock.take_late()}
+        late, behind = self.clock.take_late(), self.clock.take_behind()
+        return {"event": "timed", "ns": times, "late": late, "behind": behind}
 
     def probe(self) -> dict[str, object]:
         """Is the task usable: finite, and the same twice for the same inputs?"""

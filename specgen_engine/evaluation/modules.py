@@ -69,9 +69,9 @@ class TimedCalls:
         result: Any = None
         for slot in sequence:
             result = None
+            self.clock.lead()
             for target, origin in zip(self._flat, tensors_of(self.sources[slot]), strict=True):
                 target.copy_(origin)
-            self.clock.settle()
             elapsed, result = self.clock.time(lambda: call(*self.working))
             times.append(elapsed)
         return times, result

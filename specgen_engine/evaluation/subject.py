@@ -137,7 +137,8 @@ class Subject:
         check_functions(self.guards_off)
         if self.device.startswith("cuda"):
             check_l2(self.guards_off)
-        return {"event": "timed", "ns": times, "late": self.clock.take_late()}
+        late, behind = self.clock.take_late(), self.clock.take_behind()
+        return {"event": "timed", "ns": times, "late": late, "behind": behind}
 
     def warm_calls(self) -> dict[str, object]:
         """Times with the inputs in the L2 cache."""

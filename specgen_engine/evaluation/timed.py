@@ -15,7 +15,7 @@ from .children import Child
 from .clock import supervisor_clock
 from .gpustate import conditions
 from .guards import Guard
-from .timing import Round, Speedup, is_enough, skips_repeats, speedup, works_on
+from .timing import Round, Speedup, floor_of, is_enough, skips_repeats, speedup, works_on
 from .worker import Ended, JudgeLost, Worker
 
 CLOCK_SETTLES_S = 0.0003
@@ -60,6 +60,7 @@ class Timed(Checked):
         self.fresh: list[int] = []
         self.repeats: list[int] = []
         self.rounds: list[Round] = []
+        self.behind: list[tuple[float, float]] = []  # see timing.floor_of
         self.unseen: list[tuple[int, int]] = []
         self.idle: list[bool] = []
         self.goes_on: list[bool] = []
@@ -93,6 +94,9 @@ class Timed(Checked):
             result = self._measure(slots, self._repeats_for_a_block(self.repeats[-self.calls :], self.walls[1]))
         if worker.on_gpu or self.lent:
             self.conditions = {"use": self.use} | conditions(before, self._gpu_state())
+        if worker.on_gpu:
+            shares = [round(median(side), 3) for side in zip(*self.behind, strict=True)]
+            self.conditions["host_behind"] = dict(zip(("reference", "candidate"), shares, strict=True))
         self.conditions["rounds_ms"] = [[median(side) / 1e6 for side in one] for one in self.rounds]
         if self.asked_again:
             self.conditions["asked_again"] = self.asked_again
@@ -102,7 +106,7 @@ class Timed(Checked):
     def _measure(self, slots: list[int], count: int) -> Speedup:
         """Blocks until the interval is small or the budget ends; these alone make the figure. count: of the first."""
         budget = time.monotonic() + self.limits.timing_budget_s
-        for kept in (self.rounds, self.repeats, self.unseen, self.idle, self.goes_on):
+        for kept in (self.rounds, self.behind, self.repeats, self.unseen, self.idle, self.goes_on):
             kept.clear()
         block = 0
         while True:
@@ -121,7 +125,7 @@ class Timed(Checked):
                 self._show(last)
             if done:
                 self.last_slot = last
-                return result
+                return speedup(self.rounds, floor_of(self.behind))
             block += 1
 
     def _let_calm_down(self) -> None:
@@ -147,6 +151,7 @@ class Timed(Checked):
         walls: list[int] = []
         times: list[list[int]] = []
         late: list[list[int]] = []
+        behind: list[float] = []
         sequences = (candidate_sequence[-self.reference_repeats - moved :], candidate_sequence)
         roles = ((self.judge, "timing the reference"), (self.child, "timing"))
         for sequence, (child, doing) in zip(sequences, roles, strict=True):
@@ -163,9 +168,11 @@ class Timed(Checked):
             spent.append(now() - start)
             times.append(_times(child, answer, len(sequence), spent[-1]))
             late.append(_late(answer))
+            behind.append(_behind(answer) / len(sequence))
         self.goes_on.append(works_on(late[1], late[0], times[1]))
         if moved:
             self.rounds.append(Round(times[0][1:], times[1][1:]))
+            self.behind.append((behind[0], behind[1]))
         around = (spent[0] - sum(times[0])) * len(times[1]) // len(times[0]), spent[1] - sum(times[1])
         self.unseen.append((around[1] - around[0], sum(times[1])))
         self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])
@@ -255,3 +262,8 @@ def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> l
 def _late(answer: dict[str, Any]) -> list[int]:
     late = answer.get("late")
     return [value for value in late if type(value) is int] if isinstance(late, list) else []
+
+
+def _behind(answer: dict[str, Any]) -> int:
+    behind = answer.get("behind")
+    return max(0, behind) if type(behind) is int else 0

@@ -10,6 +10,10 @@ from typing import NamedTuple
 RUN_TO_RUN = 0.01
 """Half width of an interval that rounds without scatter have. Kernels whose time is the GPU's came out within 1 % in
 two harnesses on one H200 (30 of 44); replayed as CUDA graphs, twice in one harness, they varied by 0.4 %."""
+HOST_RUN_TO_RUN = 0.6
+"""The same, where the GPU waits for the host in most calls of a side: 1.96 standard deviations of log speed-ups between
+two runs on one H200, of the 19 kernels whose reference launches for milliseconds or waits within a call."""
+BEHIND = 0.5
 SHARED = 1.0
 """Variance between runs that more rounds don't average out, in variances between rounds. (Variance between runs /
 variance between rounds) - 1 / rounds was 0.73 (standard error 0.18) over 18 kernels, each in 6 runs on a loaded CPU."""
@@ -47,31 +51,41 @@ class Speedup(NamedTuple):
         return (self.high - self.low) / 2 / self.speedup
 
 
-def speedup(rounds: Sequence[Round]) -> Speedup:
-    """Ratio of medians over all rounds. Raises ValueError without rounds or with a time that is not positive."""
+def speedup(rounds: Sequence[Round], floor: float = RUN_TO_RUN) -> Speedup:
+    """Ratio of medians over all rounds. Raises ValueError without rounds or with a time that is not positive.
+
+    floor: see half_interval.
+    """
     reference = [ns for one in rounds for ns in one.reference]
     candidate = [ns for one in rounds for ns in one.candidate]
     if not reference or not candidate or min(*reference, *candidate) <= 0:
         raise ValueError("a speed-up needs positive times of both sides")
     reference_ms, candidate_ms = median(reference) / 1e6, median(candidate) / 1e6
     ratio = reference_ms / candidate_ms
-    factor = math.exp(half_interval([one.log_ratio for one in rounds], math.log(ratio)))
+    factor = math.exp(half_interval([one.log_ratio for one in rounds], math.log(ratio), floor))
     return Speedup(ratio, ratio / factor, ratio * factor, reference_ms, candidate_ms)
 
 
-def half_interval(log_ratios: Sequence[float], centre: float) -> float:
+def half_interval(log_ratios: Sequence[float], centre: float, floor: float = RUN_TO_RUN) -> float:
     """Half width of the 95 % interval around centre, in logarithms, from the scatter of rounds; infinite from one.
 
     Calls within a round are not independent (clocks, caches, neighbours and addresses last longer than a call), so they
     say nothing of the interval. A round is one draw of an address and of a moment; what a run's have in common, another
     run lacks: with SHARED = 1 this is the prediction interval of one more round.
+    floor: what a second run differs by anyway, in quadrature.
     """
     count = len(log_ratios)
     if count < 2:
         return math.inf
     scatter = math.sqrt(sum((one - centre) ** 2 for one in log_ratios) / (count - 1))
     t = T_95[min(count - 1, len(T_95)) - 1]
-    return math.hypot(t * scatter * math.sqrt(1 / count + SHARED), RUN_TO_RUN)
+    return math.hypot(t * scatter * math.sqrt(1 / count + SHARED), floor)
+
+
+def floor_of(behind: Sequence[tuple[float, float]]) -> float:
+    """behind: of each round, the shares of the reference's and the candidate's calls in which the host came late."""
+    sides = [median(side) for side in zip(*behind, strict=True)]
+    return HOST_RUN_TO_RUN if max(sides, default=0.0) > BEHIND else RUN_TO_RUN
 
 
 def is_enough(result: Speedup, rounds: int, precision: float, *, over: bool) -> bool:

@@ -34,12 +34,12 @@ def _watch(label: str, owner: Any, *names: str) -> list[_Watched]:
 
 
 _WATCHED = (  # as they are before a candidate is imported
-    *_watch("torch.cuda.Event", torch.cuda.Event, "record", "elapsed_time", "synchronize"),
-    *_watch("torch.cuda", torch.cuda, "synchronize", "current_stream", "Event"),
+    *_watch("torch.cuda.Event", torch.cuda.Event, "record", "query", "elapsed_time", "synchronize"),
+    *_watch("torch.cuda", torch.cuda, "synchronize", "current_stream", "Event", "_sleep"),
     *_watch("time", time, "perf_counter_ns", "process_time_ns", "monotonic"),
-    *_watch("CpuClock", clock.CpuClock, "time", "settle"),
-    *_watch("CudaClock", clock.CudaClock, "time", "settle"),
-    *_watch("TimedCalls", modules.TimedCalls, "run"),
+    *_watch("CpuClock", clock.CpuClock, "time", "settle", "lead"),
+    *_watch("CudaClock", clock.CudaClock, "time", "settle", "lead"),
+    *_watch("TimedCalls", modules.TimedCalls, "run", "move"),
     *_watch("tensors", tensors, "read_values", "write_values"),
     *_watch("torch.Tensor", torch.Tensor, "copy_", "clone", "data_ptr", "untyped_storage"),
 )

@@ -64,7 +64,7 @@ def a_timing(
     self.worker, self.judge, self.child, self.pace, self.off = worker, judge, child, pace, frozenset()  # type: ignore
     self.limits = worker.limits
     self.deadline, self.own_s, self.reference_repeats, self.fresh = time.monotonic() + 60, 0.0, timed.MAX_REPEATS, []
-    self.rounds, self.repeats, self.unseen, self.idle, self.goes_on = [], [], [], [], []
+    self.rounds, self.behind, self.repeats, self.unseen, self.idle, self.goes_on = [], [], [], [], [], []
     self.checks, self.lent, self.use, self.conditions, self.asked_again = 2, False, "turn", {}, ""
     self.stages, self.steps, self.waited_s = {}, {}, 0.0
     self._layout = self._show = lambda slot: None  # type: ignore[method-assign]

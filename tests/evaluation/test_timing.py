@@ -7,19 +7,23 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from specgen_engine.evaluation import clock as clock_module
 from specgen_engine.evaluation.clock import CpuClock
 from specgen_engine.evaluation.modules import PLACED_BYTES, PLACES, TimedCalls
 from specgen_engine.evaluation.timing import (
+    HOST_RUN_TO_RUN,
     LEAST_ROUNDS,
     MIN_ROUNDS,
     RUN_TO_RUN,
     Round,
     Speedup,
+    floor_of,
     half_interval,
     is_enough,
     speedup,
@@ -135,6 +139,56 @@ def test_more_calls_a_round_do_not_narrow_it_and_more_rounds_do() -> None:
     many = [Round(one.reference * 20, one.candidate * 20) for one in few]
     assert speedup(many).half_width == pytest.approx(speedup(few).half_width)
     assert speedup(few * 2).half_width < 0.8 * speedup(few).half_width
+
+
+def test_a_side_that_waits_for_the_host_has_the_host_s_interval() -> None:
+    assert floor_of([]) == RUN_TO_RUN
+    assert floor_of([(0.0, 0.2), (0.1, 1.0), (0.0, 0.4)]) == RUN_TO_RUN  # one round of three
+    assert floor_of([(0.0, 0.9), (0.0, 0.2), (0.0, 1.0)]) == HOST_RUN_TO_RUN
+    assert floor_of([(1.0, 0.0)]) == HOST_RUN_TO_RUN
+    quiet = [Round([2_000_000] * 9, [1_000_000] * 9)] * MIN_ROUNDS
+    assert speedup(quiet, HOST_RUN_TO_RUN).low == pytest.approx(2.0 * math.exp(-HOST_RUN_TO_RUN))
+
+
+def test_inputs_are_replaced_after_the_device_was_made_to_wait_and_before_it_is_timed() -> None:
+    """Else another stream could work on the new inputs while the timed one waits."""
+    done: list[str] = []
+    clock = SimpleNamespace(
+        lead=lambda: done.append(f"lead {calls.working[0][0]:.0f}"),
+        time=lambda call: (1, done.append("time") or call()),
+    )
+    calls = TimedCalls(torch.relu, {0: [torch.zeros(4)], 1: [torch.ones(4)]}, clock)  # type: ignore[arg-type]
+    calls.run([1], lambda x: done.append(f"call {x[0]:.0f}"))
+    assert done == ["lead 0", "time", "call 1"]
+
+
+def test_the_host_is_behind_when_the_device_began_before_all_was_launched(monkeypatch) -> None:
+    """The CUDA clock on stand-ins for the driver's functions; the real ones are tested on a GPU."""
+    done: list[str] = []
+    started = iter((False, True, True))
+
+    def event(enable_timing: bool) -> SimpleNamespace:
+        name = "start" if "event start" not in done else "end"
+        done.append(f"event {name}")
+        return SimpleNamespace(
+            record=lambda: done.append(name),
+            query=lambda: next(started),
+            synchronize=lambda: None,
+            elapsed_time=lambda end: 0.25,
+        )
+
+    monkeypatch.setattr(clock_module, "L2_FLUSH_BYTES", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("quiet"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    clock = clock_module.CudaClock("cpu")
+    done.clear()
+    for _ in range(3):
+        clock.lead()
+        assert clock.time(lambda: done.append("call")) == (250_000, None)
+    assert done[:6] == ["quiet", "wait", "start", "call", "end", "quiet"]
+    assert (clock.take_behind(), clock.take_behind(), len(clock.take_late())) == (2, 0, 3)
 
 
 def test_a_single_round_says_nothing_of_another() -> None:
