@@ -22,7 +22,7 @@ ON: dict[str, dict[str, Any]] = {
     "context parallel": {"attn_cp_size": 2},
     "several nodes": {"nnodes": 2},
     "speculative decoding with a chain of drafts (MTP, EAGLE)": {"speculative_algorithm": "EAGLE"},
-    "other speculative decoding (a tree of drafts, NGRAM, ...)": {
+    "other speculative decoding (a tree of drafts, EAGLE3, NGRAM, ...)": {
         "speculative_algorithm": "EAGLE",
         "speculative_eagle_topk": 4,
     },
@@ -84,6 +84,17 @@ def test_a_mode_that_only_lacks_a_run_can_be_tried_by_its_name() -> None:
     tree = SimpleNamespace(supports_swa=lambda: True, supports_mamba=lambda: False)
     assert modes.tree_refusal(tree, True, "DeepseekV4ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is None
     assert modes.tree_refusal(tree, True, "Gemma3ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is not None
+
+
+def test_a_draft_model_is_served_and_a_models_own_layers_or_other_workers_are_not() -> None:
+    eagle = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "model_path": "target"}
+    assert modes.refusals(SimpleNamespace(**eagle, speculative_draft_model_path="draft"), {}) == []
+    (own,) = modes.refusals(SimpleNamespace(**eagle, speculative_draft_model_path="target"), {})
+    assert "MTP layers" in own
+    for other in ({"enable_multi_layer_eagle": True}, {"speculative_adaptive": True}, {"speculative_eagle_topk": 4}):
+        values = {**eagle, "speculative_draft_model_path": "draft", **other}
+        (line,) = modes.refusals(SimpleNamespace(**values), {})
+        assert "use EAGLE with --speculative-eagle-topk 1" in line
 
 
 def test_deepseek_v4_has_pages_of_256_tokens_and_no_other_model_has() -> None:
