@@ -95,6 +95,12 @@ MODES: tuple[Mode, ...] = (
          "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
          "lengths are untested; use EAGLE with --speculative-eagle-topk 1",
          lambda arguments: bool(arguments.speculative_algorithm) and not _chained(arguments)),
+    Mode("a hierarchical cache or the remote KV tier beside speculative decoding",
+         "--enable-hierarchical-cache, --specgen-kv", "refused",
+         "not run: SGLang keeps the draft's KV in pinned host memory beside it, for as many tokens as the tier has; "
+         "use --specgen-kv off",
+         lambda arguments: bool(arguments.speculative_algorithm)
+         and bool(getattr(arguments, "enable_hierarchical_cache", False)), untested=True),
     Mode("prefill/decode disaggregation", "--disaggregation-mode", "refused",
          "a fork prefills where its base decodes; leave it out",
          lambda arguments: getattr(arguments, "disaggregation_mode", "null") != "null"),

@@ -26,6 +26,11 @@ ON: dict[str, dict[str, Any]] = {
         "speculative_algorithm": "EAGLE",
         "speculative_eagle_topk": 4,
     },
+    "a hierarchical cache or the remote KV tier beside speculative decoding": {
+        "speculative_algorithm": "EAGLE",
+        "speculative_draft_model_path": "draft",
+        "enable_hierarchical_cache": True,
+    },
     "prefill/decode disaggregation": {"disaggregation_mode": "decode"},
     "encoder disaggregation": {"encoder_only": True},
     "prefill/decode multiplexing": {"enable_pdmux": True},
