@@ -49,7 +49,7 @@ fi
 step() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS from
     shift 2
-    [ "$limit" -le $((total - SECONDS)) ] || limit=$((total - SECONDS))
+    limit=$(left "$limit")
     : >"$last"
     if [ "$limit" -lt 15 ]; then
         echo "$name not run: $total s are over"
@@ -58,15 +58,25 @@ step() { # NAME SECONDS COMMAND...
     echo "=== $name" >>out/all.log
     from=$(stat -c %s out/all.log)
     timeout -k 5 "$limit" "$@" >>out/all.log 2>&1
-    echo "$name: status $?, $((SECONDS - start)) s of $limit; at $SECONDS s; GPU $(gpu memory.used)"
+    local status=$?
+    for _ in 1 2 3 4 5 6 7 8 9 10; do  # workers of a step that was cut off go by themselves
+        pgrep -f worker_main >/dev/null || break
+        sleep 0.5
+    done
+    echo "$name: status $status, $((SECONDS - start)) s of $limit; at $SECONDS s; GPU $(gpu memory.used)"
     tail -c +$((from + 1)) out/all.log >"$last"
 }
 
+left() { # SECONDS: so many, or what is left of all
+    echo $(($1 <= total - SECONDS ? $1 : total - SECONDS))
+}
 bench=(python3 -m bench.evaluation traces --scores traces/scores.json --json out/evaluation.json --label "$LABEL")
 bench+=(--device "$DEVICE" --light-workers "$LIGHT_WORKERS" --workers "$WORKERS")
 bench+=(--resume bench/results/evaluation_H200.json)
 run_judge() {
-    step judge "${JUDGE_S:-95}" "${bench[@]}" --budget-s $((${JUDGE_S:-95} - 15))
+    local limit
+    limit=$(left "${JUDGE_S:-95}")
+    step judge "$limit" "${bench[@]}" --budget-s $((limit - 15))
     grep -h ' s, sandbox' "$last"
 }
 run_rate() {
@@ -75,15 +85,15 @@ run_rate() {
     grep -hE '^(triton|cuda|torch) ' "$last"
 }
 run_twice() {
-    local limit=${TWICE_S:-170}
-    [ "$limit" -le $((total - SECONDS)) ] || limit=$((total - SECONDS))
+    local limit
+    limit=$(left "${TWICE_S:-170}")
     step twice "$limit" "${bench[@]}" --twice "${TWICE:-30}" --budget-s $((limit - 20)) --builds "$HOST_FOLDER/builds"
     grep -h ' s, sandbox' "$last"
     sed -n '/"two_runs"/,$p' "$last" | head -c 2500
 }
 run_storm() {
-    local limit=${STORM_S:-120}
-    [ "$limit" -le $((total - SECONDS)) ] || limit=$((total - SECONDS))
+    local limit
+    limit=$(left "${STORM_S:-120}")
     step storm "$limit" python3 -m bench.evaluation_storm --json out/evaluation_storm.json \
         --evaluations "${STORM_EVALUATIONS:-500}" --device "$DEVICE" --workers "$LIGHT_WORKERS" --seconds $((limit - 25))
     tail -c 1500 "$last"
@@ -119,7 +129,7 @@ run_cute() {
         $formats/candidates/scaled_softmax_cute.py --device "$DEVICE" --needs cutlass --json out/cute.json
     tail -n 3 "$last" | cut -c 1-1500
 }
-trap 'rm -f out "$last"' EXIT
+trap 'rm -f "$last"' EXIT
 mkdir -p "$HOST_FOLDER/builds"
 for name in $STEPS; do
     "run_$name"
