@@ -100,7 +100,7 @@ run_storm() {
 }
 pytest=(python3 -m pytest -m gpu -q -rA -p no:cacheprovider --timeout 90)
 run_cancel() {
-    step cancel "${CANCEL_S:-60}" "${pytest[@]}" tests/evaluation/test_cuda.py -k cancelled
+    step cancel "${CANCEL_S:-90}" "${pytest[@]}" tests/evaluation/test_cuda.py -k cancelled
     grep -E '^(PASSED|FAILED|ERROR|E  )|passed|failed|skipped' "$last" | head -n 12
 }
 run_tests() {
