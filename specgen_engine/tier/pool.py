@@ -100,10 +100,6 @@ class ArenaPool(HostKVCache):
         """Logical pages that are given out."""
         return self.page_num - (len(self.free_slots) + self.num_release_slots) // self.page_size
 
-    def available_size(self) -> int:
-        """Tokens that `alloc` would give out: within the agreed limit, which may have fallen below what is used."""
-        return max(0, min(self.page_num, self.limit) - self.used_pages()) * self.page_size
-
     @synchronized
     def clear(self) -> None:
         super().clear()
@@ -306,6 +302,13 @@ class PartArenaPool(ArenaPool):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.can_use_write_back_jit = True  # else the group moves host indices to the GPU before a write
+
+    def available_size(self) -> int:
+        """Tokens that `alloc` would give out; UnifiedRadixCache evicts only where it sees too few.
+
+        The agreed limit may have fallen below what is used.
+        """
+        return max(0, min(self.page_num, self.limit) - self.used_pages()) * self.page_size
 
 
 class MHAArenaPool(ArenaPool):

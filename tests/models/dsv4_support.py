@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from specgen_engine.config import KvConfig
+from specgen_engine.kv.base import Backend
+from specgen_engine.kv.cuda import CudaBackend
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.modes import TRY
@@ -86,7 +88,7 @@ def pattern(size: int, value: int, number: int) -> torch.Tensor:
 
 def holds(space: Any, page: int, value: int) -> bool:
     rows = enumerate(bytes_of(space, page))
-    return all(torch.equal(row, pattern(len(row), value, number)) for number, row in rows)
+    return all(torch.equal(row.cpu(), pattern(len(row), value, number)) for number, row in rows)
 
 
 @dataclass
@@ -150,17 +152,19 @@ def setting(
     window_pages: int = 16,
     chunks: tuple[int, ...] = (16,),
     chunk_mib: int = 2,
+    device: str = "cpu",
 ) -> Iterator[Setting]:
-    """As a scheduler makes it (tier/build.py), over one lender an entry of `chunks`."""
+    """As a scheduler makes it (tier/build.py), over one lender an entry of `chunks`; on a GPU, another GPU's memory."""
     from sglang.srt.mem_cache.registry import default_radix_cache_factory
 
     from specgen_engine.tier.build import UNTRIED, build_cache
 
     os.environ[TRY] = UNTRIED
     folder.chmod(0o700)
-    own = [Lender(folder, f"lender-{i}", LoopbackBackend(), chunk_mib * MIB, count) for i, count in enumerate(chunks)]
-    ctx = context(group, pages, window_pages)
-    kv = KvConfig(tier="loopback", directory=folder, chunk_mib=chunk_mib)
+    lend: Backend = LoopbackBackend() if device == "cpu" else CudaBackend(1)
+    own = [Lender(folder, f"lender-{i}", lend, chunk_mib * MIB, count) for i, count in enumerate(chunks)]
+    ctx = context(group, pages, window_pages, device)
+    kv = KvConfig(tier="loopback" if device == "cpu" else "peer", directory=folder, chunk_mib=chunk_mib)
     cache = build_cache(ctx, kv, default_radix_cache_factory)
     try:
         yield Setting(cache, own)
@@ -172,16 +176,16 @@ def setting(
             lender.close()
 
 
-def context(group: Any, pages: int, window_pages: int, **given: Any) -> Any:
+def context(group: Any, pages: int, window_pages: int, device: str = "cpu", **given: Any) -> Any:
     from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
-    pool = device_pool(pages, window_pages)
+    pool = device_pool(pages, window_pages, device=device)
     allocator = SWATokenToKVPoolAllocator(
-        pages * PAGE, window_pages * PAGE, PAGE, torch.float8_e4m3fn, "cpu", pool, False
+        pages * PAGE, window_pages * PAGE, PAGE, torch.float8_e4m3fn, device, pool, False
     )
-    requests = ReqToTokenPool(4, pages * PAGE, "cpu", False)
+    requests = ReqToTokenPool(4, pages * PAGE, device, False)
     params = CacheInitParams(False, requests, allocator, PAGE, sliding_window_size=WINDOW, tp_cache_group=group)
     server_args = SimpleNamespace(
         hicache_ratio=2.0, hicache_size=0, hicache_mem_layout="page_first", hicache_storage_backend=None,
