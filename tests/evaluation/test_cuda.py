@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from specgen_engine.evaluation.base import Candidate, Stage, Status, Verdict
+from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
 from specgen_engine.pools.local import LocalPool
 
 from .conftest import LIMITS, TASK, module
@@ -25,6 +25,8 @@ def _softmax(x, w, y, n: tl.constexpr):
     tl.store(y + row * n + at, e / tl.sum(e, 0) * tl.load(w + at))
 """
 LAUNCH = "y = torch.empty_like(x)\n_softmax[(x.shape[0],)](x, self.weight, y, x.shape[1])\nreturn y"
+LARGE = Task(TASK.source.replace("randn(256, 512)", "randn(65536, 512)"), "large softmax")
+"""128 MiB in, as much out: some 0.06 ms of an H200."""
 HANG = """
 import triton, triton.language as tl
 @triton.jit
@@ -103,3 +105,44 @@ def test_cancelled_within_200_ms_at_any_stage_and_the_gpu_goes_on(tmp_path: Path
         assert seconds < 0.2, stage
         assert after.status is Status.CORRECT, (stage, after)
         assert delay < 2.0, stage
+
+
+AHEAD = """self.side = self.side or torch.cuda.Stream()
+with torch.cuda.stream(self.side):
+    y = torch.softmax(x, -1) * self.weight
+torch.cuda.current_stream().wait_stream(self.side)
+return y"""
+
+
+@pytest.mark.gpu(count=1)
+def test_who_works_while_the_gpu_waits_for_the_host_works_on_the_former_inputs(tmp_path: Path) -> None:
+    """A stream that waits for nothing could hide its work in the head start of a timed call."""
+
+    async def session() -> Verdict:
+        pool = LocalPool(workers=1, device="cuda:0", limits=replace(LIMITS, check_s=20), cache=tmp_path)
+        await pool.start()
+        try:
+            return await pool.submit(TASK, Candidate(module(AHEAD, init="self.side = None")), search="test").verdict()
+        finally:
+            await pool.close()
+
+    verdict = asyncio.run(session())
+    assert verdict.status is Status.WRONG, verdict
+    assert "in a timed call" in verdict.reason, verdict
+
+
+@pytest.mark.gpu(count=1)
+def test_a_kernel_s_time_is_that_of_its_graph_once_the_host_is_ahead(tmp_path: Path) -> None:
+    async def session() -> Verdict:
+        pool = LocalPool(workers=1, device="cuda:0", limits=replace(LIMITS, check_s=20), cache=tmp_path)
+        await pool.start()
+        try:
+            return await pool.submit(LARGE, Candidate(module(LAUNCH, top=TRITON)), search="test").verdict()
+        finally:
+            await pool.close()
+
+    verdict = asyncio.run(session())
+    assert verdict.status is Status.CORRECT, verdict
+    assert verdict.conditions["host_behind"]["candidate"] < 0.5, verdict
+    assert verdict.candidate_ms == pytest.approx(verdict.extra_ms["candidate_graph"], rel=0.15), verdict
+    assert len(verdict.conditions["rounds_ms"]) >= 3
