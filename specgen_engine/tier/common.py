@@ -136,6 +136,11 @@ class TierCache(BasePrefixCache):
             return destination(source, finished) is Destination.DROP
         return owner[0] is Source.FORK
 
+    def mark_answer(self, node: Any) -> None:
+        """A new node of a fork is the fork's."""
+        if self._writer.source is Source.FORK:
+            setattr(node, MARK, (self._writer.source, self._writer.search))
+
     def _count_hits(self, req: Any) -> None:
         if req._cache_breakdown_computed and not getattr(req, COUNTED, False):
             setattr(req, COUNTED, True)

@@ -56,12 +56,18 @@ class TierHybridController(HostIndices, HybridCacheController):
 
 
 class TierTreeCore(UnifiedTreeCore):
-    """Asks the cache whose tokens a node holds. `stays_unwritten` is set before the first request."""
+    """Asks the cache whose tokens a node holds; `tier` is set before the first request."""
 
-    stays_unwritten: Callable[[Any], bool]
+    tier: TierCache
 
     def _inc_hit_count_and_check(self, node: Any, chunked: bool = False) -> bool:
-        return bool(super()._inc_hit_count_and_check(node, self.stays_unwritten(node) or chunked))
+        return bool(super()._inc_hit_count_and_check(node, self.tier.stays_unwritten(node) or chunked))
+
+    def _add_new_node(self, *where: Any, **how: Any) -> Any:
+        """SGLang cuts a new node at its window before it asks about it: an answer's parts are told from here on."""
+        node = super()._add_new_node(*where, **how)
+        self.tier.mark_answer(node)
+        return node
 
     def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
         node, action = super()._split_node(key, child, split_len)
@@ -150,7 +156,7 @@ class UnifiedTierCache(TierCache, UnifiedRadixCache):
         self.stats = parts.tokens.pool.stats
         super().__init__(params)
         self.parts = parts
-        self.tree_core.stays_unwritten = self.stays_unwritten
+        self.tree_core.tier = self
         self.tree_core.eviction_strategy = ReuseStrategy(self.segment_of)
         self.prefetcher = Prefetcher(self)
 

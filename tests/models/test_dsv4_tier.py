@@ -169,6 +169,7 @@ def test_a_prefix_whose_window_is_gone_is_computed_again_from_where_one_is_left(
     (_, middle, last) = v4.path(one, match(one, 0).best_match_node)
     lose(one, 1, last)
     assert match(one, 0).host_hit_length == 2 * PAGE
+    assert last.id not in one.cache.tree_core._node_arena, "as where SGLang evicts a leaf's window"
     lose(one, 1, middle)
     assert match(one, 0).host_hit_length == PAGE
     one.books()
@@ -187,6 +188,18 @@ def test_an_inner_window_that_is_lost_hides_no_longer_prefix(one: Setting) -> No
     assert match(one, 0).host_hit_length == 3 * PAGE
     assert restore(one, 0) == 3 * PAGE
     one.books()
+
+
+def test_of_a_long_nodes_window_what_lies_behind_the_lost_page_stays(one: Setting) -> None:
+    publish(one, 0)
+    evict(one)
+    wipe(one)
+    first, last = v4.path(one, match(one, 0).best_match_node)
+    assert (len(first.key), len(last.key)) == (2 * PAGE, PAGE), "SGLang cuts a leaf at its window"
+    lose(one, 1, first, page=0)
+    assert [match(one, 0, pages * PAGE).host_hit_length for pages in (1, 2, 3)] == [0, 2 * PAGE, 3 * PAGE]
+    one.books()
+    assert restore(one, 0, 2 * PAGE) == 2 * PAGE
 
 
 def test_tokens_that_are_lost_take_what_lies_behind_them(one: Setting) -> None:
@@ -307,7 +320,9 @@ def test_a_forks_answer_is_not_written(one: Setting) -> None:
     one.cache._writer = NOBODY
     written = [node.backuped for node in v4.path(one, match(one, 0).best_match_node)]
     assert (written[0], written[-1]) == (True, False)
-    assert one.cache.unread_tokens() == PAGE, "of leaves: the window, which SGLang cuts from what lies before it"
+    nodes = v4.path(one, match(one, 0).best_match_node)
+    assert [one.cache.segment_of(node).source for node in nodes] == [Source.PLAIN, Source.FORK, Source.FORK]
+    assert one.cache.unread_tokens() == PAGE, "of leaves"
     publish(one, 0)
     assert all(node.backuped for node in v4.path(one, match(one, 0).best_match_node)), "now another request has it too"
 
@@ -327,6 +342,20 @@ def test_nothing_is_fetched_into_a_window_that_running_requests_may_ask_for(one:
     assert one.cache.stats.counts["prefetched_tokens"] == LENGTH
     compare(one, 0, match(one, 0).device_indices)
     one.books()
+
+
+def test_the_newest_prefix_finds_room_in_an_arena_that_is_full(tmp_path: Path, group: Any) -> None:
+    with setting(tmp_path, group, chunks=(2,)) as one:
+        tokens = one.pools[0]
+        assert tokens.limit < tokens.page_num
+        prefixes = tokens.limit // 3 + 2
+        for prefix in range(prefixes):
+            publish(one, prefix)
+            evict(one)
+        wipe(one)
+        assert restore(one, prefixes - 1) == LENGTH
+        assert restore(one, 0) == 0
+        one.books()
 
 
 def test_pages_move_to_another_lender_when_theirs_takes_its_memory_back(tmp_path: Path, group: Any) -> None:
