@@ -98,11 +98,12 @@ def check_forks(client: Client, oracle: Oracle, least: int, page: int = 1) -> No
     assert len(forks) >= least
     if page == 1:  # 1: tokens after the trigger's were accepted in the same step; 2: its own KV is not there yet
         assert {short for _, _, short in forks} == {1, 2}
-    for ids, output, _ in forks:
+    assert all(output == oracle.says(ids, len(output)) for ids, output, _ in forks)
+    for ids, output, _ in forks[::4]:
         client.flush()
         fresh = client.generate(ids, len(output))
         assert fresh["meta_info"]["cached_tokens"] == 0
-        assert fresh["output_ids"] == output == oracle.says(ids, len(output))
+        assert fresh["output_ids"] == output
 
 
 def test_forks_and_bases_say_what_the_target_says(server: Client, oracle: Oracle) -> None:
@@ -142,7 +143,7 @@ def test_the_entropy_trigger_reads_the_token_it_fires_at(server: Client, oracle:
         logits = oracle.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
     best = logits.log_softmax(-1).topk(8).values.softmax(-1)
     nats = (-(best * best.log()).sum(-1)).tolist()[: BASE_TOKENS - 1]
-    high = sorted(nats)[-10:]
+    high = sorted(nats)[-13:-5]  # so that it fires at a handful or more
     threshold = max(pairwise(high), key=lambda pair: pair[1] - pair[0])
     search = {**SEARCH, "trigger": f"entropy:{sum(threshold) / 2}", "fork": {"max_tokens": 2}}
     answer = server.chat(PROMPTS[1], search, max_tokens=BASE_TOKENS)
@@ -155,7 +156,12 @@ def test_the_entropy_trigger_reads_the_token_it_fires_at(server: Client, oracle:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [("--disable-overlap-schedule",), ("--chunked-prefill-size", "32"), ("--specgen-scheduler-base-share", "0.5")],
+    [
+        ("--disable-overlap-schedule",),
+        ("--chunked-prefill-size", "32"),
+        ("--specgen-scheduler-base-share", "0.5"),
+        ("--tp-size", "2"),
+    ],
     ids=" ".join,
 )
 def test_modes(start_server: StartServer, eagle: tuple[Path, Path], oracle: Oracle, arguments: tuple[str, ...]) -> None:
@@ -250,7 +256,7 @@ def test_a_graft_takes_over_where_the_reasoning_was_cut(
     kept = tokenizer.decode(base)
     assert message["reasoning_content"].strip() == kept.strip()
     if closes:
-        assert kept.strip() == reasoning.strip()
+        assert kept == reasoning
     accepted = [ids["output_ids"] for ids in found if tokenizer.decode(ids["output_ids"]).startswith(KERNEL)]
     closing = len(tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
     assert answer.usage.completion_tokens - len(base) in {
