@@ -345,16 +345,19 @@ def test_nothing_is_fetched_into_a_window_that_running_requests_may_ask_for(one:
 
 
 def test_the_newest_prefix_finds_room_in_an_arena_that_is_full(tmp_path: Path, group: Any) -> None:
-    with setting(tmp_path, group, chunks=(2,)) as one:
-        tokens = one.pools[0]
+    """Of tokens, while there is room for windows; SGLang evicts the oldest where it is told that too little is free."""
+    length = 6 * PAGE
+    with setting(tmp_path, group, chunks=(8,)) as one:
+        tokens, window = one.pools
         assert tokens.limit < tokens.page_num
-        prefixes = tokens.limit // 3 + 2
+        prefixes = tokens.limit // 6 + 2
+        assert prefixes < window.limit
         for prefix in range(prefixes):
-            publish(one, prefix)
+            publish(one, prefix, length, released=5 * PAGE)
             evict(one)
         wipe(one)
-        assert restore(one, prefixes - 1) == LENGTH
-        assert restore(one, 0) == 0
+        assert restore(one, prefixes - 1, length) == length
+        assert restore(one, 0, length) == 0
         one.books()
 
 
