@@ -217,3 +217,28 @@ def path(one: Setting, node_id: int) -> list[Any]:
         nodes.insert(0, node)
         node = node.parent
     return nodes
+
+
+class Running(SimpleNamespace):
+    """A request that decodes, with what fork points and SGLang's cache ask of it."""
+
+    def _refresh_fill_ids(self) -> None: ...
+
+    def set_extend_range(self, start: int, end: int) -> None:
+        self.extend_range = SimpleNamespace(start=start, end=end)
+
+    def get_fill_ids(self) -> list[int]:
+        return list((self.origin_input_ids + self.output_ids)[: self.extend_range.end])
+
+
+def running(one: Setting, ids: list[int], indices: torch.Tensor) -> Running:
+    cache = one.cache
+    cache.req_to_token_pool.write((1, slice(0, len(indices))), indices.to(torch.int32))
+    lock = cache.inc_lock_ref(cache.root_node_handle())
+    return Running(
+        rid="base", origin_input_ids=ids[:10], output_ids=ids[10:], extra_key=None, req_pool_idx=1,
+        kv_committed_len=len(ids), cache_protected_len=0, last_node=cache.root_node_handle(), session=None,
+        swa_uuid_for_lock=lock.swa_uuid_for_lock, skip_lock_node_ids=lock.skip_lock_node_ids, prefix_indices=[],
+        swa_prefix_lock_released=False, priority=0, extend_range=SimpleNamespace(start=0, end=10),
+        kv=SimpleNamespace(swa_evicted_seqlen=0, kv_allocated_len=len(indices)), _cache_breakdown_computed=False,
+    )  # fmt: skip

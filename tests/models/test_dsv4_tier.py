@@ -51,16 +51,20 @@ def publish(one: Setting, prefix: int, length: int = LENGTH, released: int = 0) 
 
     indices = one.take(length)
     assert indices is not None
-    pages = (indices[::PAGE] // PAGE).tolist(), (one.window_of(indices)[::PAGE] // PAGE).tolist()
-    for space, own in zip(one.spaces, pages, strict=True):
-        for at, page in enumerate(own):
-            v4.stamp(space, page, value_of(prefix, at))
+    stamp(one, prefix, indices)
     if released:
         one.allocator.free_swa(indices[:released])
     params = InsertParams(key=RadixKey(ids_of(prefix, length), None), value=indices, swa_evicted_seqlen=released)
     one.cache.insert(params)
     settle(one)
     return indices
+
+
+def stamp(one: Setting, prefix: int, indices: torch.Tensor) -> None:
+    pages = (indices[::PAGE] // PAGE).tolist(), (one.window_of(indices)[::PAGE] // PAGE).tolist()
+    for space, own in zip(one.spaces, pages, strict=True):
+        for at, page in enumerate(own):
+            v4.stamp(space, page, value_of(prefix, at))
 
 
 def settle(one: Setting) -> None:
@@ -325,6 +329,40 @@ def test_a_forks_answer_is_not_written(one: Setting) -> None:
     assert one.cache.unread_tokens() == PAGE, "of leaves"
     publish(one, 0)
     assert all(node.backuped for node in v4.path(one, match(one, 0).best_match_node)), "now another request has it too"
+
+
+def test_a_fork_point_of_a_running_base_is_written_and_restored(one: Setting) -> None:
+    """Mid-decode, at a token inside a page: what lies before its page is in the tier, and the base goes on."""
+    from specgen_engine.scheduler.fork_point import insert_fork_point
+
+    indices = one.take(LENGTH)
+    assert indices is not None
+    stamp(one, 0, indices)
+    base = v4.running(one, ids_of(0), indices)
+    assert insert_fork_point(base, 2 * PAGE + 17, one.cache) == 2 * PAGE
+    settle(one)
+    assert one.cache.stats.counts["written_bytes"] > 0
+    one.cache.cache_finished_req(base, is_insert=False, kv_len_to_handle=LENGTH)
+    evict(one)
+    one.books()
+    wipe(one)
+    assert restore(one, 0) == 2 * PAGE
+
+
+def test_the_servers_state_has_the_books_of_both_index_spaces(one: Setting) -> None:
+    from types import SimpleNamespace
+
+    from specgen_engine.tier.build import describe
+
+    publish(one, 0)
+    total = one.allocator.size_full
+    state = describe(SimpleNamespace(tree_cache=one.cache, max_total_num_tokens=total))
+    assert state is not None
+    assert (state["integrity"], state["lenders"]) == ("ok", ["lender-0"])
+    assert (state["pages"]["logical"], state["window_pages"]["logical"]) == (3, 3)
+    for name in ("device", "window_device"):
+        books = state[name]
+        assert books["free"] + books["evictable"] + books["protected"] == books["total"]
 
 
 def test_nothing_is_fetched_into_a_window_that_running_requests_may_ask_for(one: Setting) -> None:
