@@ -32,8 +32,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
 
             settings = prepare_arguments(args, settings)
         server_args = original(cls, args)
-        _refuse_modes(server_args)
         server_args.__dict__["specgen"] = settings
+        _refuse_modes(server_args)
         # The scheduler's too: a child made by fork, not spawn, inherits them and loads no plugins again.
         plugin.activate("server")
         plugin.activate("scheduler")

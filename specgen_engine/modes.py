@@ -49,6 +49,14 @@ def _own_layers(arguments: Any) -> bool:
     return _chained(arguments) and draft in (None, getattr(arguments, "model_path", None))
 
 
+def _host_cache(arguments: Any) -> bool:
+    """HiCache in host memory, SGLang's own or --specgen-kv host, beside drafts."""
+    settings = getattr(arguments, "specgen", None)
+    ours = settings is not None and settings.kv.tier in ("peer", "loopback")
+    hierarchical = bool(getattr(arguments, "enable_hierarchical_cache", False))
+    return hierarchical and not ours and bool(arguments.speculative_algorithm)
+
+
 def _page_sizes(arguments: Any) -> tuple[int | None, ...]:
     return (256,) if getattr(arguments, "attention_backend", None) == "dsv4" else (None, 1, 16, 32, 64)
 
@@ -62,6 +70,9 @@ MODES: tuple[Mode, ...] = (
          "tests/engine/test_modes.py: forks are sent under their base's adapter"),
     Mode("speculative decoding with an EAGLE draft model", "--speculative-algorithm EAGLE --speculative-eagle-topk 1",
          "works", "tests/engine/test_speculative.py: SGLang's worker on the CPU engine, its kernels in torch; greedy"),
+    Mode("remote KV tier beside an EAGLE draft model", "--specgen-kv", "works",
+         "tests/engine/test_speculative.py: on the CPU engine; the draft's KV is not kept, so that it guesses worse "
+         "after a restore"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
@@ -95,12 +106,10 @@ MODES: tuple[Mode, ...] = (
          "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
          "lengths are untested; use EAGLE with --speculative-eagle-topk 1",
          lambda arguments: bool(arguments.speculative_algorithm) and not _chained(arguments)),
-    Mode("a hierarchical cache or the remote KV tier beside speculative decoding",
-         "--enable-hierarchical-cache, --specgen-kv", "refused",
-         "not run: SGLang keeps the draft's KV in pinned host memory beside it, for as many tokens as the tier has; "
-         "use --specgen-kv off",
-         lambda arguments: bool(arguments.speculative_algorithm)
-         and bool(getattr(arguments, "enable_hierarchical_cache", False)), untested=True),
+    Mode("HiCache in host memory beside speculative decoding",
+         "--enable-hierarchical-cache, --specgen-kv host", "refused",
+         "not run: the draft's KV is kept there too, apart from the target's; use --specgen-kv peer or off",
+         _host_cache, untested=True),
     Mode("prefill/decode disaggregation", "--disaggregation-mode", "refused",
          "a fork prefills where its base decodes; leave it out",
          lambda arguments: getattr(arguments, "disaggregation_mode", "null") != "null"),

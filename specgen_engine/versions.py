@@ -150,6 +150,7 @@ RELEASES: tuple[Release, ...] = (
             f"{BATCH}.Req.set_extend_range": None,
             "sglang.srt.mem_cache.radix_cache.RadixCache.cache_unfinished_req": None,
             f"{BATCH}.Req.refresh_fill_ids": ("self",),
+            "sglang.srt.mem_cache.kv_cache_builder.maybe_register_hicache_draft": ("tree_cache", "draft_plan"),
             "sglang.srt.mem_cache.radix_cache.RadixCache.checkpoint": ("self", "req", "up_to"),
         },
         parallel_of_process,

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from specgen_engine import modes
+from specgen_engine.config import KvConfig, SpecGenConfig
 
 ON: dict[str, dict[str, Any]] = {
     "several tokenizer workers": {"tokenizer_worker_num": 2},
@@ -26,7 +27,7 @@ ON: dict[str, dict[str, Any]] = {
         "speculative_algorithm": "EAGLE",
         "speculative_eagle_topk": 4,
     },
-    "a hierarchical cache or the remote KV tier beside speculative decoding": {
+    "HiCache in host memory beside speculative decoding": {
         "speculative_algorithm": "EAGLE",
         "speculative_draft_model_path": "draft",
         "enable_hierarchical_cache": True,
@@ -49,6 +50,15 @@ def defaults_of(server_args: type) -> dict[str, Any]:
     if dataclasses.is_dataclass(server_args):
         return {field.name: field.default for field in dataclasses.fields(server_args)}
     return {field.name: field.default for field in msgspec.structs.fields(server_args)}
+
+
+@pytest.mark.parametrize(("tier", "refused"), [("off", 1), ("host", 1), ("peer", 0), ("loopback", 0)])
+def test_beside_drafts_prefixes_are_kept_by_our_tier_alone(tier: Any, refused: int) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    values = ON["HiCache in host memory beside speculative decoding"]
+    settings = SpecGenConfig(kv=KvConfig(tier=tier))
+    assert len(modes.refusals(SimpleNamespace(**{**defaults_of(ServerArgs), **values}, specgen=settings))) == refused
 
 
 def test_each_refused_mode_is_refused_by_itself_with_its_reason() -> None:

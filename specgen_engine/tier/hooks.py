@@ -34,6 +34,16 @@ def prepare_arguments(args: argparse.Namespace, settings: SpecGenConfig) -> Spec
     return settings.model_copy(update={"kv": kv})
 
 
+def register_draft(original: Callable[..., None], **arguments: Any) -> None:
+    """Around SGLang's pool of pinned host memory for the draft's KV beside HiCache: a remote tier keeps none.
+
+    After a restore the draft attends to what lay in its slots before; the target verifies what it then guesses.
+    """
+    settings: SpecGenConfig | None = getattr(arguments.get("server_args"), "__dict__", {}).get("specgen")
+    if settings is None or settings.kv.tier not in REMOTE:
+        original(**arguments)
+
+
 def radix_cache(original: Callable[[Any], Any], ctx: Any) -> Any:
     """Around SGLang's default choice of a radix cache: ours when the tier is peer or loopback."""
     settings: SpecGenConfig | None = ctx.server_args.__dict__.get("specgen")

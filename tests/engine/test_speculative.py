@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.engine import test_kv_tier as kv_tier
 from tests.engine.conftest import HAS_STAND_INS, TASK, Client, StartServer, new_template
 from tests.engine.eagle_models import write_models
 from tests.engine.test_fork_kv import PROMPTS, tokens_of
@@ -205,6 +206,28 @@ def test_forks_that_give_way_go_on_as_if_nothing_had_been(
         assert others == [oracle.says(list(range(at, at + 400)), 20) for at in (1000, 2000, 3000, 4000)]
         assert retracted > 0
         assert compared > 0
+
+
+@pytest.mark.slow
+def test_prefixes_come_back_from_the_remote_tier(
+    start_server: StartServer, eagle: tuple[Path, Path], oracle: Oracle, tmp_path: Path
+) -> None:
+    """The draft's KV is not kept there: what is guessed after a restore is worse, what is said is the same."""
+    tmp_path.chmod(0o700)
+    lenders = kv_tier.Lenders(tmp_path)
+    options = ("--max-total-tokens", str(kv_tier.POOL), "--max-running-requests", "8", "--specgen-kv", "loopback")
+    kept = ("--specgen-kv-directory", str(tmp_path), "--specgen-kv-chunk-mib", "1")
+    try:
+        with start_server(*words(eagle), *options, *kept) as client:
+            said = kv_tier.answers(client)
+            found = kv_tier.state(client)
+    finally:
+        lenders.close()
+    inputs = [[*kv_tier.prompt(number), 900 + turn, 17] for turn in range(2) for number in range(kv_tier.PROMPTS)]
+    assert said == [oracle.says(ids, kv_tier.TOKENS) for ids in inputs]
+    assert found["counts"]["hit_tokens_tier"] >= 0.99 * kv_tier.PROMPTS * kv_tier.LENGTH
+    assert found["counts"]["mismatched_pages"] == found["counts"]["late_mismatched_pages"] == 0
+    assert found["integrity"] == "ok"
 
 
 # ---- grafts: the texts are dictated (speculative_script.py), the candidate is judged for real
