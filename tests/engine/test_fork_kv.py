@@ -101,6 +101,7 @@ def test_nothing_is_left_in_the_pool(smollm: Client) -> None:
     "arguments",
     [
         ("--page-size", "16"),
+        ("--page-size", "32"),
         ("--page-size", "64"),
         ("--disable-overlap-schedule",),
         ("--page-size", "16", "--disable-overlap-schedule"),
