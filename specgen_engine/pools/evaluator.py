@@ -158,9 +158,7 @@ def _stop_node(node: subprocess.Popen[bytes]) -> None:
 
 
 def _connect(address: str, node: subprocess.Popen[bytes]) -> None:
-    import ray
-
-    from .ray_head import NAMESPACE
+    from .ray_head import connect
 
     stop = time.monotonic() + UP_S
     while True:
@@ -169,7 +167,7 @@ def _connect(address: str, node: subprocess.Popen[bytes]) -> None:
         try:
             port = int(address.rpartition(":")[2])
             socket.create_connection((address.rpartition(":")[0], port), timeout=1).close()
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            connect(address)
             return
         except (OSError, ConnectionError, RuntimeError, ValueError) as error:
             if time.monotonic() > stop:

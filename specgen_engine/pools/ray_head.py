@@ -258,6 +258,22 @@ def start_head(journal: Path | None, options: SupervisorOptions) -> Any:
     return head
 
 
+def connect(address: str | None) -> None:
+    """Join the cluster at HOST:PORT (None: the one at hand) as a client, with this user's Ray token where there is one.
+
+    From Ray 2.60 on `ray start` asks everyone for ~/.ray/auth_token when that exists, as it does once a local cluster
+    has run; ray.init sends it to a cluster that it finds by itself, but not to one that is named.
+    Raises what ray.init does.
+    """
+    try:
+        from ray._private.authentication import authentication_token_setup as tokens
+
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    except (ImportError, AttributeError, TypeError):
+        pass  # another release, with other rules: ray.init follows them
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+
+
 def find_head() -> Any:
     """Raises PoolError when the cluster has no pool."""
     try:

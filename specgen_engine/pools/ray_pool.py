@@ -21,7 +21,7 @@ from .base import JobStage
 from .job import JobHandle, order_of, outcome_value
 from .policy import Admission, RoleLoad, admit
 from .ray_backend import quietly
-from .ray_head import NAMESPACE, News, PoolError, find_head
+from .ray_head import News, PoolError, connect, find_head
 
 CONNECT_S = 5.0
 AGAIN_S = 0.5
@@ -90,7 +90,7 @@ class RayPool:
     def _connect(self) -> None:
         if not ray.is_initialized():
             try:
-                ray.init(address=self.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+                connect(self.address)
             except (RayError, ConnectionError, RuntimeError, ValueError) as error:
                 raise PoolError(f"the pool's address {self.address}: no Ray cluster there: {error}") from None
         self._head = find_head()

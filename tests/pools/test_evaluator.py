@@ -78,12 +78,18 @@ def test_a_port_that_is_taken_or_a_journal_cut_short(two_gpus, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_pool_on_the_cpu_from_start_to_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("token", ["", "0" * 64], ids=["no token", "token"])
+def test_a_pool_on_the_cpu_from_start_to_stop(tmp_path: Path, token: str) -> None:
+    """With and without a Ray token in the home folder, which `ray start` then asks its clients for."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
     port, metrics = free_port(), free_port()
     words = ["evaluator", "--cpus", "1", "--port", str(port), "--metrics-port", str(metrics)]
     first = subprocess.Popen(
         [sys.executable, "-m", "specgen_engine", *words, "--journal", str(tmp_path / "j.db")],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert first.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
@@ -92,9 +98,7 @@ def test_a_pool_on_the_cpu_from_start_to_stop(tmp_path: Path) -> None:
         line = lines.get(timeout=90)
         assert "evaluating on 1 CPU workers; the pool's address is " in line
         client = [sys.executable, "-m", "tests.pools.test_evaluator", line.split()[-1]]
-        said = subprocess.run(
-            client, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
+        said = subprocess.run(client, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
         assert said.stdout.split() == [Status.COMPILE_ERROR], said.stderr[-2000:]
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=20) as answer:
             assert b'specgen_pool_gpu_seconds_total{outcome="useful"' in answer.read()
