@@ -58,7 +58,7 @@ class TierHybridController(HostIndices, HybridCacheController):
 class TierTreeCore(UnifiedTreeCore):
     """Asks the cache whose tokens a node holds; `tier` is set before the first request."""
 
-    tier: TierCache
+    tier: UnifiedTierCache
 
     def _inc_hit_count_and_check(self, node: Any, chunked: bool = False) -> bool:
         return bool(super()._inc_hit_count_and_check(node, self.tier.stays_unwritten(node) or chunked))
@@ -72,6 +72,7 @@ class TierTreeCore(UnifiedTreeCore):
     def _split_node(self, key: Any, child: Any, split_len: int) -> Any:
         node, action = super()._split_node(key, child, split_len)
         copy_mark(node, child)
+        self.tier.follow_split(child, node)
         return node, action
 
 
@@ -163,6 +164,17 @@ class UnifiedTierCache(TierCache, UnifiedRadixCache):
     def init_hicache(self, server_args: Any, params: Any) -> None:
         super().init_hicache(server_args, params)
         self._agree_on_losses()
+
+    def follow_split(self, node: Any, first: Any) -> None:
+        """What a load or write under way did not lock of a node, it did not lock of the part cut from it either.
+
+        SGLang knows such nodes by their ids only, and would give up another's lock on the new part when it ends.
+        """
+        loads = [held for load in self.ongoing_load_back.values() for held in (load.lock_params, load.host_lock_params)]
+        for params in (*loads, *(write.lock_params for write in self.ongoing_write_through.values())):
+            for skipped in params.skip_lock_node_ids.values() if params is not None else ():
+                if node.id in skipped:
+                    skipped.add(first.id)
 
     # ---- restores
 

@@ -430,7 +430,7 @@ def test_when_all_lenders_have_gone_everything_is_computed_again_and_the_books_a
 
 def test_books_and_bytes_are_right_in_storms_of_losses_deaths_and_prefetches(tmp_path: Path, group: Any) -> None:
     counts: Counter[str] = Counter()
-    for seed in range(10):
+    for seed in (*range(10), 137):  # in the last one, a write's end once gave up the lock of a load under way
         folder = tmp_path / str(seed)
         folder.mkdir()
         with setting(folder, group, chunks=(6, 6)) as one:
