@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from bench.kv_tier_servers import LenderProcess
+from bench.kv_tier_servers import LenderProcess, gpu_beside
 from bench.kv_tier_servers import lender as lender_process
 from bench.models_client import Client
 from specgen_engine.errors import SpecGenError
@@ -82,7 +82,7 @@ def case_of(text: str) -> Case:
 
 
 def start(stack: ExitStack, case: Case, logs: Path, timeout_s: float) -> Running:
-    """Start a case's server, with the tier its lender on the other GPU. Raises SpecGenError with the log's error."""
+    """Start a case's server, with the tier its lender on the other GPU, where there is one. Raises SpecGenError with the log's error."""
     logs.mkdir(parents=True, exist_ok=True)
     lender: LenderProcess | None = None
     tier: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ def _start_lender(stack: ExitStack, case: Case, logs: Path) -> tuple[LenderProce
     cpu = case.model == "tiny"
     backend, chunk = ("loopback", 1) if cpu else ("peer", CHUNK_MIB)
     options: Any = SimpleNamespace(backend=backend, logs=logs)
-    one = stack.enter_context(lender_process(options, "64MiB" if cpu else LENT, chunk, gpu=1 - case.gpu))
+    one = stack.enter_context(lender_process(options, "64MiB" if cpu else LENT, chunk, gpu=0 if cpu else gpu_beside(case.gpu)))
     arguments = ("--specgen-kv", backend, "--specgen-kv-directory", str(one.folder))
     return one, (*arguments, "--specgen-kv-chunk-mib", str(chunk))
 
