@@ -82,7 +82,10 @@ def case_of(text: str) -> Case:
 
 
 def start(stack: ExitStack, case: Case, logs: Path, timeout_s: float) -> Running:
-    """Start a case's server, with the tier its lender on the other GPU, where there is one. Raises SpecGenError with the log's error."""
+    """Start a case's server, with the tier its lender on the other GPU, where there is one.
+
+    Raises SpecGenError with the log's error.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     lender: LenderProcess | None = None
     tier: tuple[str, ...] = ()
@@ -96,9 +99,9 @@ def start(stack: ExitStack, case: Case, logs: Path, timeout_s: float) -> Running
 
 def _start_lender(stack: ExitStack, case: Case, logs: Path) -> tuple[LenderProcess, tuple[str, ...]]:
     cpu = case.model == "tiny"
-    backend, chunk = ("loopback", 1) if cpu else ("peer", CHUNK_MIB)
+    backend, chunk, gpu = ("loopback", 1, 0) if cpu else ("peer", CHUNK_MIB, gpu_beside(case.gpu))
     options: Any = SimpleNamespace(backend=backend, logs=logs)
-    one = stack.enter_context(lender_process(options, "64MiB" if cpu else LENT, chunk, gpu=0 if cpu else gpu_beside(case.gpu)))
+    one = stack.enter_context(lender_process(options, "64MiB" if cpu else LENT, chunk, gpu=gpu))
     arguments = ("--specgen-kv", backend, "--specgen-kv-directory", str(one.folder))
     return one, (*arguments, "--specgen-kv-chunk-mib", str(chunk))
 
