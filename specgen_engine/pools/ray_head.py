@@ -39,6 +39,8 @@ GONE_S = 60.0
 """A client that has asked for nothing so long is taken for dead."""
 LOOK_S = 5.0
 """How often the head looks for such clients."""
+CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+ANSWER_S = 5.0
 FORGET_S = 7 * 86_400.0
 
 
@@ -259,19 +261,35 @@ def start_head(journal: Path | None, options: SupervisorOptions) -> Any:
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at HOST:PORT (None: the one at hand) as a client, with this user's Ray token where there is one.
+    """Join the cluster at HOST:PORT (None: the one at hand) as a client, with this user's Ray token if it asks for one.
 
     From Ray 2.60 on `ray start` asks everyone for ~/.ray/auth_token when that exists, as it does once a local cluster
-    has run; ray.init sends it to a cluster that it finds by itself, but not to one that is named.
+    has run; ray.init sends it to a cluster that it finds by itself, but not to one that is named. A client that asked
+    for tokens in a cluster without would not be reached by the others: its death was noticed after a minute only.
     Raises what ray.init does.
     """
-    try:
-        from ray._private.authentication import authentication_token_setup as tokens
+    if address is not None and asks_for_token(address):
+        try:
+            from ray._private.authentication import authentication_token_setup as tokens
 
-        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    except (ImportError, AttributeError, TypeError):
-        pass  # another release, with other rules: ray.init follows them
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        except (ImportError, AttributeError, TypeError):
+            pass  # another release, with other rules: ray.init follows them
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+
+
+def asks_for_token(address: str) -> bool:
+    """Whether the cluster refuses a question without Ray's token. False where grpcio, of ray's default extra, lacks."""
+    try:
+        import grpc
+    except ImportError:
+        return False
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(CLUSTER_ID)(b"", timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def find_head() -> Any:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,31 @@ def test_a_port_that_is_taken_or_a_journal_cut_short(two_gpus, tmp_path: Path) -
     (tmp_path / "j.db").write_bytes(b"SQLite format 3\0")
     with pytest.raises(JournalError, match=r"j\.db: the journal is damaged or cut short"):
         evaluator(EvaluatorOptions(cpus=1, port=free_port(), journal=tmp_path / "j.db"))
+
+
+@pytest.mark.parametrize(("code", "asks"), [("UNAUTHENTICATED", True), ("UNIMPLEMENTED", False), (None, False)])
+def test_a_token_is_sent_to_clusters_that_ask_for_one(code: str | None, asks: bool) -> None:
+    import grpc
+
+    from specgen_engine.pools.ray_head import CLUSTER_ID, asks_for_token
+
+    class Answers(grpc.GenericRpcHandler):
+        def service(self, call: Any) -> Any:
+            assert call.method == CLUSTER_ID
+            return grpc.unary_unary_rpc_method_handler(self.answer)
+
+        def answer(self, _request: bytes, context: Any) -> bytes:
+            if code is not None:
+                context.abort(grpc.StatusCode[code], "by the test")
+            return b""
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((Answers(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    assert asks_for_token(f"127.0.0.1:{port}") is asks
+    server.stop(0).wait()
+    assert not asks_for_token(f"127.0.0.1:{port}")
 
 
 @pytest.mark.slow
