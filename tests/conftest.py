@@ -1,6 +1,10 @@
-"""Skips tests marked `gpu(count)` on machines with fewer GPUs, with the reason that reports are read for."""
+"""Skips tests marked `gpu(count)` on machines with fewer GPUs, with the reason that reports are read for; a fixture for
+tests of radix caches."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -31,3 +35,14 @@ def _gpu_count() -> int:
         return int(pynvml.nvmlDeviceGetCount())
     finally:
         pynvml.nvmlShutdown()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process group of this process alone, as a radix cache wants one. torch is imported where it is used only."""
+    import torch.distributed as dist
+
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

@@ -6,10 +6,7 @@ Each rank has lenders of its own. What they leave in FOLDER/rankN.json must be t
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch.distributed as dist
 
 from tests.models.dsv4_storm import Storm, tree_of
 from tests.models.dsv4_support import setting
+from tests.tier.forked_ranks import fork_ranks
 
 ROUNDS, SEEDS = 300, (7, 8, 9, 10)
 
@@ -40,31 +38,11 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
 
 
 def main() -> int:
-    """Import SGLang once, then fork the ranks; when one fails, the others are ended."""
+    """Import SGLang once, then fork the ranks."""
     world, folder = int(sys.argv[1]), Path(sys.argv[2])
     import specgen_engine.tier.build  # noqa: F401
 
-    ranks = {}
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                run_rank(rank, world, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(status)
-        ranks[pid] = rank
-    failed = 0
-    while ranks:
-        pid, status = os.wait()
-        ranks.pop(pid, None)
-        if status and not failed:
-            failed = 1
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return failed
+    return fork_ranks(world, lambda rank: run_rank(rank, world, folder))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.models import dsv4_support as v4
 from tests.models.dsv4_storm import Storm
@@ -19,18 +18,7 @@ from tests.models.dsv4_support import PAGE, Setting, setting
 LENGTH = 3 * PAGE
 
 
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=TWO_GPUS)])
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu(count=2))])
 def one(request: pytest.FixtureRequest, tmp_path: Path, group: Any) -> Iterator[Setting]:
     with setting(tmp_path, group, device=request.param) as made:
         yield made

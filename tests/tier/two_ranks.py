@@ -6,10 +6,7 @@ Each rank has a lender of its own. What they leave in FOLDER/rankN.json must be 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.tier.forked_ranks import fork_ranks
 from tests.tier.support import Tier, buffers, radix_cache, tier
 
 PAGE = 16
@@ -152,33 +150,13 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
 
 
 def main() -> int:
-    """Import SGLang once, then fork the ranks; when one fails, the others are ended."""
+    """Import SGLang once, then fork the ranks."""
     world, folder = int(sys.argv[1]), Path(sys.argv[2])
     import sglang.srt.mem_cache.hiradix_cache  # noqa: F401
 
     import specgen_engine.tier.cache  # noqa: F401
 
-    ranks = {}
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                run_rank(rank, world, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(status)
-        ranks[pid] = rank
-    failed = 0
-    while ranks:
-        pid, status = os.wait()
-        ranks.pop(pid, None)
-        if status and not failed:
-            failed = 1
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return failed
+    return fork_ranks(world, lambda rank: run_rank(rank, world, folder))
 
 
 if __name__ == "__main__":
