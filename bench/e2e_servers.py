@@ -20,7 +20,7 @@ CPU_LAYERS = 2
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
     *("--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled", "--random-seed", "1"),
-    *("--max-running-requests", "64", "--cuda-graph-max-bs-decode", "32"),
+    *("--max-running-requests", "64", "--cuda-graph-max-bs-decode", "64"),
 )
 # With the default of 8 splits a step's time grew with the longest context by 0.75 ms per 1,000 tokens on an H200.
 TRITON_ARGUMENTS = ("--triton-attention-num-kv-splits", "64")
