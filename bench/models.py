@@ -2,21 +2,21 @@
 
     python -m bench.models --json F --logs DIR --cases glm5-small:plain glm5-small:mtp@1 deepseek-v4-small:plain@1
 
-A case is MODEL:MODE[@GPU]; modes: plain, fp8, mtp, tp2, tp2-mtp, tier. All servers start at once and are checked one
-after the other, the others idle. Real widths, few layers and experts, random weights that a token's whole context shows
-in (specgen_engine/models/weights.py). `--cases tiny:plain tiny:tier` rehearses all of it on a CPU.
+A case is MODEL:MODE[@GPU]; modes: plain, fp8, mtp, mtp-accepted, tp2, tp2-mtp, tier. All servers start at once; what is
+timed runs alone, the other checks side by side, in the order of --steps. Real widths, few layers and experts, random
+weights that a token's whole context shows in (specgen_engine/models/weights.py). `--cases tiny:plain tiny:tier`
+rehearses all of it on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,15 @@ from typing import Any
 
 from bench.machine import new_report, write_report
 from bench.models_client import together
-from bench.models_forks import Shape, check_forks, prompt_of, slowdown, storm
-from bench.models_servers import Case, Running, case_of, start
+from bench.models_forks import Shape, check_forks, prompt_of
+from bench.models_load import slowdown, storm
+from bench.models_servers import Case, Running, case_of, is_strict, start
 from bench.models_tier import LENGTHS, restores
+from bench.models_turns import TIMED, TimeIsOver, Turns
 from specgen_engine.errors import SpecGenError
 
 SCHEMA = "specgen.models/1"
-STEPS = ("smoke", "forks", "restores", "slowdown", "storm")
+STEPS = ("smoke", "restores", "forks", "storm", "slowdown")
 CPU = Shape(bases=2, forks=2, longest=96, tokens=96)
 CPU_LENGTHS = (512, 2_048)
 
@@ -69,30 +71,40 @@ def smoke(running: Running) -> dict[str, Any]:
     return row
 
 
-def check(running: Running, steps: list[str], seed: int, report: Report) -> None:
+def applies(step: str, case: Case) -> bool:
+    """Restores are the tier's; speed beside forks is measured without it."""
+    return {"restores": case.mode == "tier", "slowdown": case.mode != "tier"}.get(step, True)
+
+
+def check(running: Running, at: int, seed: int, report: Report, turns: Turns) -> None:
     """Each step by itself: one that fails leaves its error in the report, and the next one runs."""
-    shape = CPU if running.case.model == "tiny" else Shape()
-    lengths = CPU_LENGTHS if running.case.model == "tiny" else LENGTHS
-    calls: dict[str, Callable[[], Any]] = {
+    case, client = running.case, running.client
+    shape = CPU if case.model == "tiny" else Shape()
+    lengths = CPU_LENGTHS if case.model == "tiny" else LENGTHS
+    calls: dict[str, Callable[[], dict[str, Any]]] = {
         "smoke": lambda: smoke(running),
-        "forks": lambda: check_forks(running.client, seed, shape),
-        "slowdown": lambda: slowdown(running.client, seed + 1, shape),
-        "storm": lambda: storm(running.client, seed + 2, shape),
+        "forks": lambda: check_forks(client, seed, shape),
+        "slowdown": lambda: {**slowdown(client, seed + 1, shape), "strict": is_strict(case)},
+        "storm": lambda: storm(client, seed + 2, shape),
     }
-    for step in steps:
-        if (step == "restores") != (running.case.mode == "tier") and step in ("restores", "slowdown", "storm"):
+    for step in turns.steps:
+        if not applies(step, case):
             continue
         try:
-            if step == "restores":
-                for row in restores(running, lengths):
-                    report.put(running.case, f"restore_{row['prefix_tokens']}", row)
-            else:
-                report.put(running.case, step, calls[step]())
+            with turns.take(step, at) as starting:
+                beside = {"servers_starting": starting} if step in TIMED else {}
+                if step == "restores":
+                    for row in restores(running, lengths):
+                        report.put(case, f"restore_{row['prefix_tokens']}", {**row, **beside})
+                else:
+                    report.put(case, step, {**calls[step](), **beside})
+        except TimeIsOver:
+            return
         except Exception as error:
-            report.put(
-                running.case, step, {"error": f"{type(error).__name__}: {error}"[:400], "log": tail(running.log)}
-            )
-            traceback.print_exc()
+            text = "cut off: the budget was over" if turns.over else f"{type(error).__name__}: {error}"[:400]
+            report.put(case, step, {"error": text, "log": tail(running.log)})
+            if not turns.over:
+                traceback.print_exc()
 
 
 def tail(log: Path, lines: int = 12) -> list[str]:
@@ -102,28 +114,37 @@ def tail(log: Path, lines: int = 12) -> list[str]:
     return ([line for line in text if any(mark in line for mark in marks)] or text)[-lines:]
 
 
+def serve_and_check(
+    stack: ExitStack, cases: list[Case], at: int, logs: Path, end: float, seed: int, report: Report, turns: Turns
+) -> bool:
+    """Whether the server came up."""
+    case = cases[at]
+    try:
+        running = start(stack, case, logs, end - time.monotonic() - 20)
+    except SpecGenError as error:
+        log = logs / f"server_{case.model}_{case.mode}.log"
+        report.put(case, "start", {"error": str(error), "log": tail(log, 30) if log.exists() else []})
+        return False
+    finally:
+        turns.started()
+    check(running, at, seed, report, turns)
+    stack.close()
+    return True
+
+
 def run(cases: list[Case], steps: list[str], logs: Path, budget_s: float, seed: int, report: Report) -> int:
-    """Start all, check each as it is up. Returns how many cases never came up."""
-    end, failed = time.monotonic() + budget_s, 0
-    with ExitStack() as stack, ThreadPoolExecutor(len(cases)) as threads:
-        stacks = {case: stack.enter_context(ExitStack()) for case in cases}
-        waiting: dict[Future[Running], Case] = {
-            threads.submit(start, stacks[case], case, logs, budget_s - 20): case for case in cases
-        }
-        while waiting and time.monotonic() < end:
-            done, _ = wait(waiting, timeout=1.0, return_when="FIRST_COMPLETED")
-            for future in sorted(done, key=lambda one: cases.index(waiting[one])):
-                case = waiting.pop(future)
-                try:
-                    check(future.result(), steps, seed, report)
-                except SpecGenError as error:
-                    failed += 1
-                    log = logs / f"server_{case.model}_{case.mode}.log"
-                    lines = tail(log, 30) if log.exists() else []
-                    report.put(case, "start", {"error": str(error), "log": lines})
-                with contextlib.suppress(Exception):
-                    stacks[case].close()
-    return failed + len(waiting)
+    """Start all, check each as it is up; what runs when the budget ends is cut off. How many cases never came up."""
+    end, turns = time.monotonic() + budget_s, Turns(steps, len(cases))
+    stacks = [ExitStack() for _ in cases]
+    with ThreadPoolExecutor(len(cases)) as threads:
+        came_up = [
+            threads.submit(serve_and_check, stacks[at], cases, at, logs, end, seed, report, turns)
+            for at in range(len(cases))
+        ]
+        wait(came_up, timeout=budget_s)
+        turns.end()
+        together([stack.close for stack in stacks])
+    return sum(not future.result() for future in came_up)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The fork checks of bench.models: tokens against an empty cache, decoding beside forks, accounts after a storm."""
+"""The fork checks of bench.models: forks against an empty cache, and the engine against itself without a fork."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
-
-import httpx
 
 from bench.models_client import Client, Generated, together
 from specgen_engine.errors import SpecGenError
@@ -28,15 +26,16 @@ class Shape(NamedTuple):
     tokens: int = 1_024
 
 
-class Compared(NamedTuple):
-    """A fork against the same input computed from an empty cache."""
+class Fork(NamedTuple):
+    """One that ran to its end. `whole`: tokens of prompt and reasoning in its input, `prompt` of them the prompt's;
+    `reused` were in the cache. `base`: its record's place."""
 
-    fork: int
-    equal: bool
-    first_equal: bool
-    logprob: float
+    base: int
+    input_ids: list[int]
+    output_ids: list[int]
+    prompt: int
+    whole: int
     reused: int
-    lost: int
 
 
 def prompt_of(seed: int, words: int) -> str:
@@ -62,67 +61,121 @@ def search_all(client: Client, seed: int, shape: Shape) -> list[dict[str, Any]]:
 
 
 def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
-    """One row: forks equal to recomputation, what rounding cost, bases unchanged, and how much a wrong token shows."""
+    """One row: forks equal to recomputation, what rounding cost, bases unchanged, and how much a wrong token shows.
+
+    Its controls: `control`, the engine against itself, both from an empty cache in batches of other sizes;
+    `reuse_prefilled` and `reuse_decoded`, prefixes of the forks' lengths that ordinary requests left in the cache.
+    """
     start = time.monotonic()
     client.flush()
     records = search_all(client, seed, shape)
-    forks = [
-        (ids, fork)
-        for record in records
-        for ids, fork in zip(record["ids"]["forks"], record["forks"], strict=True)
-        if fork["state"] == "length"
-    ]
-    with_cache = together_in(shape.bases, [partial(client.generate, ids["input_ids"], 1) for ids, _ in forks])
+    forks = forks_of(records)
+    cached = by_base(client, forks, [fork.input_ids for fork in forks])
     order = [at for offset in range(shape.forks) for at in range(offset, len(forks), shape.forks)]
-    fresh = from_empty_cache(client, [ids for ids, _ in forks], order, shape.bases)
-    again = from_empty_cache(
-        client, [ids for ids, _ in forks], order[shape.bases // 2 :] + order[: shape.bases // 2], 5
-    )
-    compared = [compare(at, forks[at], with_cache[at], fresh[at]) for at in range(len(forks)) if fresh[at].cached < 64]
+    asked = [(fork.input_ids, len(fork.output_ids)) for fork in forks]
+    fresh = from_empty_cache(client, asked, order, shape.bases)
+    again = from_empty_cache(client, asked, order[shape.bases // 2 :] + order[: shape.bases // 2], 5)
+    lost = [fork.whole - fork.reused for fork in forks]
     return {
         "forks": sum(len(record["forks"]) for record in records),
         "finished": len(forks),
         "states": sorted({fork["state"] for record in records for fork in record["forks"]}),
         "skipped": sum(record["forks_skipped"] for record in records),
-        "compared": len(compared),
-        "equal": sum(one.equal for one in compared),
-        "first_token_equal": sum(one.first_equal for one in compared),
-        "logprob_within": sum(one.logprob <= TOLERANCE for one in compared),
-        "logprob_max": max((one.logprob for one in compared), default=None),
-        "logprob_median": statistics.median([one.logprob for one in compared]) if compared else None,
-        "reused_share": _share(compared, forks),
-        "rounded_off_mean": statistics.mean([one.lost for one in compared]) if compared else None,
-        "rounded_off_max": max((one.lost for one in compared), default=None),
-        "control": control([fresh[at] for at in range(len(forks))], [again[at] for at in range(len(forks))]),
-        "sensitivity": sensitivity(client, [forks[at][0]["input_ids"] for at in range(0, len(forks), shape.forks)]),
-        "bases": check_bases(client, records),
+        "compared": sum(one.cached < 64 for one in fresh),
+        "equal": sum(fork.output_ids == one.ids for fork, one in zip(forks, fresh, strict=True)),
+        **agreement(cached, fresh),
+        "first_token_equal": sum(fork.output_ids[0] == one.ids[0] for fork, one in zip(forks, fresh, strict=True)),
+        "reused_share": sum(fork.reused for fork in forks) / sum(fork.whole for fork in forks),
+        "reused_mean": statistics.mean(fork.reused for fork in forks),
+        "rounded_off_mean": statistics.mean(lost),
+        "rounded_off_max": max(lost),
+        "control": {"equal": sum(a.ids == b.ids for a, b in zip(fresh, again, strict=True)), **agreement(fresh, again)},
+        "reuse_prefilled": reuse_prefilled(client, forks, fresh),
+        "sensitivity": sensitivity(client, [forks[at].input_ids for at in range(0, len(forks), shape.forks)]),
+        **check_bases(client, records, forks, order, shape.bases),
         "seconds": time.monotonic() - start,
     }
 
 
-def from_empty_cache(
-    client: Client, forks: Sequence[dict[str, Any]], order: Sequence[int], at_once: int
-) -> dict[int, Generated]:
-    """The forks' inputs computed without a cached prefix, so many at once in this order; by the fork's place."""
-    found: dict[int, Generated] = {}
-    for at in range(0, len(order), max(1, at_once)):
-        group = order[at : at + max(1, at_once)]
-        client.flush()
-        calls = [partial(client.generate, forks[i]["input_ids"], len(forks[i]["output_ids"])) for i in group]
-        found |= dict(zip(group, together(calls), strict=True))
+def forks_of(records: Sequence[dict[str, Any]]) -> list[Fork]:
+    """Raises SpecGenError when none ran to its end: nothing could be compared."""
+    found = [
+        Fork(
+            at,
+            ids["input_ids"],
+            ids["output_ids"],
+            fork["prompt_tokens"],
+            fork["prompt_tokens"] + fork["at_token"],
+            fork["prefix_reused"],
+        )
+        for at, record in enumerate(records)
+        for ids, fork in zip(record["ids"]["forks"], record["forks"], strict=True)
+        if fork["state"] == "length"
+    ]
+    if not found:
+        raise SpecGenError(f"none of {sum(len(record['forks']) for record in records)} forks ran to its end")
     return found
 
 
-def control(first: Sequence[Generated], second: Sequence[Generated]) -> dict[str, Any]:
-    """The engine against itself: both from an empty cache, in batches of other sizes. What forks may differ by, too."""
+def from_empty_cache(
+    client: Client, asked: Sequence[tuple[list[int], int]], order: Sequence[int], at_once: int
+) -> list[Generated]:
+    """Inputs and how many tokens to say, computed without a cached prefix, so many at once in this order."""
+    found: dict[int, Generated] = {}
+    for at in range(0, len(order), at_once):
+        group = order[at : at + at_once]
+        client.flush()
+        found |= dict(zip(group, together([partial(client.generate, *asked[i]) for i in group]), strict=True))
+    return [found[at] for at in range(len(asked))]
+
+
+def by_base(client: Client, forks: Sequence[Fork], inputs: Sequence[list[int]]) -> list[Generated]:
+    """The next token of each input with what is cached, those of one base at once."""
+    found: dict[int, Generated] = {}
+    for base in sorted({fork.base for fork in forks}):
+        group = [at for at, fork in enumerate(forks) if fork.base == base]
+        found |= dict(zip(group, together([partial(client.generate, inputs[at], 1) for at in group]), strict=True))
+    return [found[at] for at in range(len(forks))]
+
+
+def reuse_prefilled(client: Client, forks: Sequence[Fork], fresh: Sequence[Generated]) -> dict[str, Any]:
+    """The forks' inputs after ordinary requests for their prefixes, shortest first: no fork, all KV from prefills.
+
+    One token more than a fork reused is asked for: SGLang keeps none for the last (a page of one token keeps it).
+    """
+    client.flush()
+    for fork in sorted(forks, key=lambda fork: (fork.base, fork.reused)):
+        client.generate(fork.input_ids[: fork.reused + 1], 1)
+    found = by_base(client, forks, [fork.input_ids for fork in forks])
+    return {**agreement(found, fresh), "reused_mean": statistics.mean(one.cached for one in found)}
+
+
+def reuse_decoded(
+    client: Client, forks: Sequence[Fork], said: Sequence[list[int]], order: Sequence[int], at_once: int
+) -> dict[str, Any]:
+    """Inputs as the forks' where ordinary requests said the reasoning, which are the last that the server ran.
+
+    `said`: a base's tokens without a fork. They may be others than the forked one's, so that these inputs are compared
+    with their own recomputation. The prefix is KV of prompt and decoding, as a fork's.
+    """
+    inputs = [
+        [*fork.input_ids[: fork.prompt], *said[fork.base][: fork.whole - fork.prompt], *fork.input_ids[fork.whole :]]
+        for fork in forks
+    ]
+    found = by_base(client, forks, inputs)
+    fresh = from_empty_cache(client, [(ids, 1) for ids in inputs], order, at_once)
+    return {**agreement(found, fresh), "reused_mean": statistics.mean(one.cached for one in found)}
+
+
+def agreement(first: Sequence[Generated], second: Sequence[Generated]) -> dict[str, Any]:
+    """How far two computations of the same inputs are apart in their first token."""
     away = [_away(a, b) for a, b in zip(first, second, strict=True)]
     return {
         "inputs": len(away),
-        "equal": sum(a.ids == b.ids for a, b in zip(first, second, strict=True)),
         "first_token_equal": sum(a.ids[0] == b.ids[0] for a, b in zip(first, second, strict=True)),
         "logprob_within": sum(one <= TOLERANCE for one in away),
-        "logprob_max": max(away, default=None),
-        "logprob_median": statistics.median(away) if away else None,
+        "logprob_max": max(away),
+        "logprob_median": statistics.median(away),
     }
 
 
@@ -130,19 +183,6 @@ def _away(a: Generated, b: Generated) -> float:
     """How far b's logprob of a's first token is from a's; the least that b lists where it lists no such token."""
     least = min(b.first.values()) if b.first else float("-inf")
     return abs(a.logprobs[0] - b.first.get(a.ids[0], least))
-
-
-def compare(at: int, fork: tuple[dict[str, Any], dict[str, Any]], cached: Generated, fresh: Generated) -> Compared:
-    """`lost`: tokens of prompt and reasoning that the fork computed again because its prefix was rounded down."""
-    ids, record = fork
-    return Compared(
-        at,
-        list(ids["output_ids"]) == fresh.ids,
-        ids["output_ids"][0] == fresh.ids[0],
-        _away(cached, fresh),
-        record["prefix_reused"],
-        record["prompt_tokens"] + record["at_token"] - record["prefix_reused"],
-    )
 
 
 def sensitivity(client: Client, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -167,23 +207,26 @@ def other_page(ids: Sequence[int], start: int, page: int = 64) -> list[int]:
     return [*ids[:start], *(one + 1 for one in reversed(ids[start : start + page])), *ids[start + page :]]
 
 
-def check_bases(client: Client, records: list[dict[str, Any]]) -> dict[str, Any]:
+def check_bases(
+    client: Client, records: list[dict[str, Any]], forks: Sequence[Fork], order: Sequence[int], at_once: int
+) -> dict[str, Any]:
     """The same bases without a fork, all at once, twice: tokens up to the first that differs from the forked ones'.
 
     control_tokens: those on which the two runs without a fork agree, which is all that forked bases could.
     """
-    client.flush()
     prompts = [record["ids"]["forks"][0]["input_ids"][: record["forks"][0]["prompt_tokens"]] for record in records]
     calls = [
         partial(client.generate, prompt, len(record["ids"]["base"]), logprobs=False)
         for prompt, record in zip(prompts, records, strict=True)
     ]
-    plain = together(calls)
     client.flush()
     twice = together(calls)
+    client.flush()
+    plain = together(calls)
+    decoded = reuse_decoded(client, forks, [one.ids for one in plain], order, at_once)
     agreed = [_agreed(record["ids"]["base"], one.ids) for record, one in zip(records, plain, strict=True)]
     lengths = [len(record["ids"]["base"]) for record in records]
-    return {
+    bases = {
         "bases": len(records),
         "equal": sum(a == b for a, b in zip(agreed, lengths, strict=True)),
         "tokens_equal": sum(agreed),
@@ -191,61 +234,7 @@ def check_bases(client: Client, records: list[dict[str, Any]]) -> dict[str, Any]
         "control_tokens": sum(_agreed(a.ids, b.ids) for a, b in zip(plain, twice, strict=True)),
         "tokens": sum(lengths),
     }
-
-
-def slowdown(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
-    """Seconds of the bases alone and with a fork of 31 tokens every 256; medians of three, in turns."""
-    prompts = [prompt_of(seed * 100 + number, 64) for number in range(shape.bases)]
-    settings: dict[str, dict[str, Any]] = {
-        "alone": {"trigger": "none"},
-        "forked": {"trigger": "every:256", "fork": {"max_tokens": 31}},
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in settings}
-    forks = 0
-    for turn in range(4):
-        for name, values in settings.items():
-            client.flush()
-            start = time.perf_counter()
-            calls = [partial(client.search, prompt, shape.tokens, values) for prompt in prompts]
-            searches = together(calls)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-                forks += sum(len(client.record(search)["forks"]) for search in searches) if name == "forked" else 0
-    alone, forked = statistics.median(seconds["alone"]), statistics.median(seconds["forked"])
-    return {"alone_s": seconds["alone"], "forked_s": seconds["forked"], "slowdown": forked / alone - 1, "forks": forks}
-
-
-def storm(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
-    """Three times the bases at once, every second client gone in the midst of it; then nothing may be left."""
-    client.flush()
-    before = client.state()["memory_usage"]
-    counts = {"ended": 0, "gone": 0, "failed": 0}
-
-    def one(number: int) -> str:
-        settings = {"trigger": "every:23", "fork": {"max_tokens": 24}}
-        try:
-            client.search(prompt_of(seed * 100 + number, 64 + 40 * number), 400, settings, 240 if number % 2 else 1.5)
-        except httpx.TimeoutException:
-            return "gone"
-        except (SpecGenError, httpx.HTTPError):
-            return "failed"
-        return "ended"
-
-    for result in together([partial(one, number) for number in range(3 * shape.bases)]):
-        counts[result] += 1
-    time.sleep(1.0)
-    client.flush()
-    state = client.state()
-    return {**counts, "memory_equal": state["memory_usage"] == before, "before": before, "state": state}
-
-
-def together_in(size: int, calls: Sequence[Any]) -> list[Any]:
-    return [result for at in range(0, len(calls), size) for result in together(calls[at : at + size])]
-
-
-def _share(compared: list[Compared], forks: list[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
-    total = sum(forks[one.fork][1]["prompt_tokens"] + forks[one.fork][1]["at_token"] for one in compared)
-    return sum(one.reused for one in compared) / total if total else None
+    return {"reuse_decoded": decoded, "bases": bases}
 
 
 def _agreed(a: Sequence[int], b: Sequence[int]) -> int:

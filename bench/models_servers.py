@@ -21,8 +21,8 @@ from specgen_engine.modes import TRY
 from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import running_server
 
-Mode = Literal["plain", "fp8", "mtp", "tp2", "tp2-mtp", "tier"]
-MODES: tuple[Mode, ...] = ("plain", "fp8", "mtp", "tp2", "tp2-mtp", "tier")
+Mode = Literal["plain", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier"]
+MODES: tuple[Mode, ...] = ("plain", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier")
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
     *("--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", "24"),
@@ -40,8 +40,11 @@ MTP = (
     *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"),
     *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
 )
+# Random weights accept none of their own drafts. SGLang takes the first two of three for right here, and writes them.
+ACCEPTED = {"SGLANG_SIMULATE_ACC_LEN": "3", "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
 MTP_NAME = "speculative decoding with a chain of drafts (MTP, EAGLE)"
 UNTRIED_TIER = "remote KV tier of DeepSeek-V4"
+STRICT = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
 TIER_POOL, FORK_POOL = 147_456, 131_072
 LENT = "3GiB"
 CHUNK_MIB = 64
@@ -109,7 +112,7 @@ def _start_lender(stack: ExitStack, case: Case, logs: Path) -> tuple[LenderProce
 def _cpu(tier: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     pool = ("--max-total-tokens", "3072" if tier else "16384")  # the tier's restores need one that evicts
     launch = prepare(["--tiny", *FORK_ARGUMENTS, *tier, *pool])
-    return launch.arguments, {**launch.environment, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", SWITCH: SCALED}
+    return launch.arguments, {**launch.environment, STRICT: "1", SWITCH: SCALED}
 
 
 def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
@@ -124,11 +127,16 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
     words += ["--mem-fraction-static", "0.85", "--base-gpu-id", str(case.gpu)]
     words += ["--swa-full-tokens-ratio", "0.5"] if facts.attention == "dsv4" else []
     words += ["--tp-size", "2"] if case.mode.startswith("tp2") else []
-    words += MTP if case.mode.endswith("mtp") else ()
-    return words, {**os.environ, **environment_of(facts, case.mode)}
+    words += MTP if "mtp" in case.mode else ()
+    return words, {**os.environ, **environment_of(facts, case)}
 
 
-def environment_of(facts: Facts, mode: Mode) -> Mapping[str, str]:
-    """Strict accounting at every step, except where decoding speed is measured."""
-    strict = {} if mode == "plain" else {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
-    return {**facts.environment, **strict, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}
+def is_strict(case: Case) -> bool:
+    """Accounting checked at every step, except where decoding speed is measured."""
+    return case.mode != "plain" or case.model == "tiny"
+
+
+def environment_of(facts: Facts, case: Case) -> Mapping[str, str]:
+    strict = {STRICT: "1"} if is_strict(case) else {}
+    accepted = ACCEPTED if case.mode == "mtp-accepted" else {}
+    return {**facts.environment, **strict, **accepted, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}

@@ -100,8 +100,8 @@ MODES: tuple[Mode, ...] = (
     Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
          _above("nnodes", 1)),
     Mode("speculative decoding with a chain of drafts (MTP, EAGLE)", "--speculative-algorithm EAGLE", "refused",
-         "not run with forks where the drafts come from the model's own MTP layers: their KV lies at the target's "
-         "indices and is forked with it; leave it out", _own_layers, untested=True),
+         "not run with accepted drafts where they come from the model's own MTP layers: GLM-5's forks ran on an H200 "
+         "whose random weights accept none, DeepSeek-V4's nowhere; leave it out", _own_layers, untested=True),
     Mode("other speculative decoding (a tree of drafts, EAGLE3, NGRAM, ...)", "--speculative-algorithm", "refused",
          "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
          "lengths are untested; use EAGLE with --speculative-eagle-topk 1",
@@ -123,8 +123,8 @@ MODES: tuple[Mode, ...] = (
          "fork points are tested on SGLang's own tree; leave it out",
          _set("radix_cache_backend", "enable_lmcache", "enable_flexkv")),
     Mode("DeepSeek-V4", "--model-path", "refused",
-         "not run with forks yet: prefixes are published at multiples of 256 tokens; "
-         "serve a model with full attention", untested=True),
+         "forks ran on an H200; a storm and the comparison's controls are not run; serve a model with full attention",
+         untested=True),
     Mode("remote KV tier of DeepSeek-V4", "--specgen-kv peer, loopback", "refused",
          "not run on a GPU yet: on a CPU pages, losses and accounts of its pools are right; use --specgen-kv off",
          untested=True),

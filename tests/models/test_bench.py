@@ -1,0 +1,150 @@
+"""bench.models: whose turn it is, what a slowdown is, where a run is put."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.models_client import Generated
+from bench.models_forks import Fork, reuse_decoded, reuse_prefilled
+from bench.models_load import slowdown_of
+from bench.models_merge import merge
+from bench.models_turns import TIMED, TimeIsOver, Turn, Turns, may_start
+
+STEPS = ("smoke", "restores", "forks", "storm", "slowdown")
+
+
+def turn(step: str, case: int) -> Turn:
+    return Turn(step, (STEPS.index(step), case))
+
+
+@pytest.mark.parametrize(
+    ("step", "waiting", "running", "starting", "starts"),
+    [
+        ("forks", ["storm"], ["forks", "smoke"], 2, True),
+        ("forks", [], ["restores"], 0, False),
+        ("forks", ["restores"], [], 0, False),
+        ("forks", ["slowdown"], [], 0, True),
+        ("restores", ["forks"], [], 3, True),
+        ("restores", ["smoke"], [], 0, False),
+        ("restores", [], ["forks"], 0, False),
+        ("slowdown", [], [], 1, False),
+        ("slowdown", [], [], 0, True),
+    ],
+)
+def test_a_steps_turn_comes_by_what_waits_runs_and_starts(
+    step: str, waiting: list[str], running: list[str], starting: int, starts: bool
+) -> None:
+    others = [turn(one, 1) for one in waiting]
+    assert may_start(turn(step, 0), [turn(step, 0), *others], [turn(one, 2) for one in running], starting) is starts
+
+
+@given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=6), st.lists(st.sampled_from(STEPS), max_size=3))
+def test_somebody_can_always_start_when_all_servers_are_up_and_nothing_timed_runs_beside_another(
+    waiting: Sequence[str], running: Sequence[str]
+) -> None:
+    ready = [turn(step, case) for case, step in enumerate(waiting)]
+    busy = [turn(step, 10 + case) for case, step in enumerate(running)]
+    started = [one for one in ready if may_start(one, ready, busy, 0)]
+    assert started or busy
+    for one in started:
+        assert not (busy if one.step in TIMED else [other for other in busy if other.step in TIMED])
+
+
+def test_turns_keep_timed_steps_alone_and_end_those_that_wait() -> None:
+    turns, beside, most = Turns(STEPS, 3), [], 0
+
+    def check(case: int) -> None:
+        nonlocal most
+        turns.started()
+        for step in STEPS:
+            with turns.take(step, case) as starting:
+                beside.append(step)
+                assert step not in TIMED or len(beside) == 1
+                assert step != "slowdown" or starting == 0
+                most = max(most, len(beside))
+                time.sleep(0.02)
+                beside.remove(step)
+
+    threads = [threading.Thread(target=check, args=(case,)) for case in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not beside
+    assert most > 1, "the others ran side by side"
+    turns.end()
+    with pytest.raises(TimeIsOver), turns.take("smoke", 0):
+        pass
+
+
+def test_a_slow_half_minute_of_the_host_is_no_slowdown_by_forks() -> None:
+    pairs = [{"alone": alone, "forked": alone * 1.02} for alone in (3.6, 3.6, 4.4, 4.0, 3.6)]
+    row = slowdown_of(pairs)
+    assert row["slowdown"] == pytest.approx(0.02)
+    in_between = {"alone": 4.4, "forked": 3.672}
+    assert slowdown_of([*pairs[1:3], in_between])["slowdown"] == pytest.approx(0.02)
+
+
+def run_of(date: str, cases: str) -> dict[str, object]:
+    command = "python -m bench.models --json some/where/models.json --logs /x/logs --cases a:plain@0"
+    return {"schema": "specgen.models/1", "machine": {"date": date}, "command": command, "cases": {cases: {}}}
+
+
+def test_runs_lie_beside_each_other_by_date_without_folders() -> None:
+    both = merge(run_of("2026-01-02", "late"), run_of("2026-01-01", "early"))
+    assert [list(run["cases"]) for run in both["runs"]] == [["early"], ["late"]]
+    assert both["runs"][0]["command"] == "python -m bench.models --json models.json --logs logs --cases a:plain@0"
+    again = merge(both, run_of("2026-01-02", "late again"))
+    assert [list(run["cases"]) for run in again["runs"]] == [["early"], ["late again"]]
+    assert [list(run["cases"]) for run in merge({}, run_of("2026-01-01", "first"))["runs"]] == [["first"]]
+
+
+class Engine:
+    """A server whose logprob is away by `error` wherever a prefix was cached; keeps what it was asked."""
+
+    def __init__(self, error: float) -> None:
+        self.error, self.asked, self.cache = error, [], []  # type: ignore[var-annotated]
+
+    def flush(self) -> None:
+        self.cache.clear()
+
+    def generate(self, ids: Sequence[int], tokens: int, logprobs: bool = True) -> Generated:
+        cached = max(
+            (len(one) for one in self.cache if list(ids[: len(one)]) == one and len(one) < len(ids)), default=0
+        )
+        self.asked.append(list(ids))
+        self.cache.append(list(ids))
+        value = -1.0 - sum(ids) / 1e6 - (self.error if cached else 0.0)
+        return Generated([7] * tokens, [value] * tokens, {7: value}, cached, 0, 0.0)
+
+
+FORKS = [
+    Fork(0, [1, 2, 3, 4, 5, 90, 91], [7], 2, 5, 4),
+    Fork(0, [1, 2, 3, 90, 91], [7], 2, 3, 3),
+    Fork(1, [6, 8, 9, 90], [7], 1, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("error", "within"), [(0.0, 3), (0.5, 0)])
+def test_the_controls_see_what_reusing_an_ordinary_prefix_does(error: float, within: int) -> None:
+    engine: Any = Engine(error)
+    fresh = [Engine(error).generate(fork.input_ids, 1) for fork in FORKS]
+    row = reuse_prefilled(engine, FORKS, fresh)
+    assert engine.asked[:3] == [[1, 2, 3, 90], [1, 2, 3, 4, 5], [6, 8, 9]], "prefixes first, a base's shortest first"
+    assert (row["logprob_within"], row["first_token_equal"]) == (within, 3)
+
+    engine = Engine(error)
+    said = [[33, 44, 55, 66], [88, 99]]
+    engine.cache += [[1, 2, 33, 44, 55], [6, 88, 99]]
+    row = reuse_decoded(engine, FORKS, said, [0, 1, 2], 2)
+    own = [[1, 2, 33, 44, 55, 90, 91], [1, 2, 33, 90, 91], [6, 88, 99, 90]]
+    assert sorted(engine.asked[:3]) == own, "the base's own words"
+    assert row["logprob_within"] == within + (error > 0), "one of them found no prefix"
+    assert row["reused_mean"] == pytest.approx((5 + 0 + 3) / 3)
