@@ -3,7 +3,9 @@
     python -m bench.evaluation_storm --json F [--evaluations 500] [--device cpu] [--workers 1] [--seconds S]
 
 Shows that every job gets its verdict, that no process is left, that the next job after a hang runs soon, and (on a
-GPU) that its memory is what it was. After S seconds none is begun any more; the report says how many were.
+GPU) that its memory is what it was. After S seconds none is begun any more; the report says how many were. What is
+killed from outside is any process of any worker's, so with several workers an honest candidate's is, too: it is to be
+judged again, which the report counts.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import psutil
 from bench.machine import new_report, write_report
 from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
 from specgen_engine.evaluation.limits import EvaluationLimits
+from specgen_engine.evaluation.warm import SOURCE
 from specgen_engine.pools.local import LocalPool
 
 TASK = Task(
@@ -66,7 +69,8 @@ GPU_HANG = "flag = torch.zeros(1, device=x.device); _spin[(1,)](flag); return x"
 class Seen:
     """next_after_hang: seconds from a hang's verdict until the next job had the device, of several workers for timing.
 
-    begun: how many were submitted. told: called after every verdict.
+    begun: how many were submitted. killed: from outside, by kind. made_again: verdicts of a second try, after a kill.
+    told: called after every verdict.
     """
 
     begun: int = 0
@@ -74,6 +78,8 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     next_after_hang: list[float] = field(default_factory=list)
     lost: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+    made_again: int = 0
     told: Callable[[Seen], None] = lambda seen: None
 
 
@@ -110,7 +116,7 @@ async def storm(
                 return
             seen.begun += 1
             job = pool.submit(TASK, candidate_of(number, fault, str(pool.snapshot()["device"])), search="storm")
-            killer = asyncio.create_task(_kill_when_running(job, rng, kill_workers)) if fault == "kill" else None
+            killer = asyncio.create_task(_kill_when_running(job, rng, kill_workers, seen)) if fault == "kill" else None
             async for stage in job.events():
                 if stage is device_is_taken and "at" in hung_at:
                     seen.next_after_hang.append(round(time.monotonic() - hung_at.pop("at"), 3))
@@ -132,12 +138,13 @@ async def storm(
 
 def _note(seen: Seen, number: int, fault: str, verdict: Verdict) -> None:
     seen.statuses[f"{fault or 'good'}: {verdict.status}"] += 1
+    seen.made_again += "made_again" in verdict.conditions
     if verdict.status not in (FAULTS[fault][1] if fault else {Status.CORRECT}):
         seen.wrong.append(f"{number} {fault or 'good'}: {verdict.status} {verdict.reason}"[:300])
 
 
-async def _kill_when_running(job: Any, rng: random.Random, kill_workers: bool) -> None:
-    """SIGKILL a process of the evaluation's, picked at random: a candidate's, a judge's or the worker itself.
+async def _kill_when_running(job: Any, rng: random.Random, kill_workers: bool, seen: Seen) -> None:
+    """SIGKILL a process picked at random: a candidate's, a judge's or a worker, of this job or of one beside it.
 
     Of this storm's workers only: those in its folder, which is where this process makes temporary files meanwhile.
     """
@@ -147,13 +154,32 @@ async def _kill_when_running(job: Any, rng: random.Random, kill_workers: bool) -
     else:
         return
     mine = f"{tempfile.gettempdir()}{os.sep}"
-    workers = [one for one in psutil.Process().children() if any(part.startswith(mine) for part in one.cmdline())]
-    below = [process for worker in workers for process in worker.children(recursive=True)]
-    targets = (workers + below) if kill_workers else [one for one in below if "gpustate" not in " ".join(one.cmdline())]
     try:
-        rng.choice(targets).send_signal(signal.SIGKILL)
-    except (psutil.Error, IndexError):
-        pass
+        workers = [one for one in psutil.Process().children() if f" {mine}" in _command(one)]
+        below = [process for worker in workers for process in worker.children(recursive=True)]
+        targets = (workers + below) if kill_workers else [one for one in below if "gpustate" not in _command(one)]
+        target = rng.choice(targets)
+        kind = "worker" if target in workers else _kind_of(target)
+        target.send_signal(signal.SIGKILL)
+    except (psutil.Error, OSError, IndexError):
+        return
+    seen.killed[kind] += 1
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
+
+
+def _kind_of(process: psutil.Process) -> str:
+    """By its folder: judge, candidate, or spare for one that waits for a candidate."""
+    folder = Path(process.cwd())
+    kind = folder.name.partition("-")[0]
+    if kind not in ("judge", "candidate"):
+        return "other"
+    return kind if (folder / SOURCE).exists() or kind == "judge" else "spare"
 
 
 def left_over(folder: Path, patience_s: float = 5.0) -> list[str]:
@@ -211,6 +237,8 @@ def measure(
             "workers": workers,
             "seconds": round(spent, 1),
             "verdicts": dict(sorted(seen.statuses.items())),
+            "killed": dict(sorted(seen.killed.items())),
+            "made_again": seen.made_again,
             "lost_jobs": seen.lost,
             "unexpected": seen.wrong,
             "worker_restarts": restarts,

@@ -100,7 +100,8 @@ class Verdict:
         too), clocks, temperature, power, throttling, each [before, after]; host_behind: of reference and candidate,
         the share of calls that the GPU began before all of it was launched. On either device rounds_ms: the medians of
         [reference, candidate] in each round; asked_again: the suspicion for which timing was made once more; engine:
-        ran, when one that serves on the device did not stand still.
+        ran, when one that serves on the device did not stand still. Of any verdict made_again: how the first try's
+        process was killed, by none of the evaluation's; this is the second.
     max_abs_error, max_rel_error: largest over the elements compared last, where both are floating point.
     """
 

@@ -88,6 +88,7 @@ def fork_child(
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid:
+        _statuses.pop(pid, None)  # of an orphan that had this number before, and that nobody asked about
         theirs.close()
         os.close(write_end)
         os.set_blocking(read_end, False)
@@ -231,7 +232,8 @@ def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
     """The same, and wait until all are gone; returns the pids that would not die.
 
     spare: this process's other children, whose trees live on. Processes that left the group by setsid or double
-    fork are found as descendants, or as orphans handed to this subreaper.
+    fork are found as descendants, or as orphans handed to this subreaper. A pid that was collected may be anybody's by
+    now, and is left alone.
     """
     return _kill_all(pid, spare, patience_s, leaving_counts=True)
 
@@ -239,11 +241,12 @@ def kill_tree(pid: int, spare: set[int], patience_s: float = 5.0) -> list[int]:
 def _kill_all(pid: int, spare: set[int], patience_s: float, *, leaving_counts: bool) -> list[int]:
     deadline, left = time.monotonic() + patience_s, list[int]()
     while True:
-        for group in (os.killpg, os.kill):
-            try:
-                group(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
+        if pid not in spare and (_state_of(pid) or (0,))[0] == os.getpid():
+            for group in (os.killpg, os.kill):
+                try:
+                    group(pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    pass
         doomed = {*left, *descendants(os.getpid(), _children_now, spare)}
         for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: a fork bomb must not outrun the killing
             for one in doomed:

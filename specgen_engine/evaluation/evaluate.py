@@ -21,7 +21,7 @@ from .profile.stage import Subjected, profile_candidate
 from .tensors import create_region
 from .timed import Timed
 from .timing import Speedup
-from .worker import Ended, JudgeLost, Worker
+from .worker import Ended, Lost, Worker
 
 
 class Evaluation(Timed):
@@ -95,14 +95,14 @@ class Evaluation(Timed):
 def evaluate(worker: Worker, request: dict[str, Any]) -> None:
     """Tell the verdict, then clear away what it left. Raises only PoolGone.
 
-    An evaluation whose judge was killed is made again, once: out of memory on the host, say.
+    One whose judge or candidate was killed is made again, once, in fresh processes; the verdict says so.
     """
-    if not _evaluate(worker, request, again=False):
-        _evaluate(worker, request, again=True)
+    if lost := _evaluate(worker, request):
+        _evaluate(worker, request, lost)
 
 
-def _evaluate(worker: Worker, request: dict[str, Any], *, again: bool) -> bool:
-    """False, with nothing told, when it is to be made again."""
+def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
+    """Why it is to be made again, with nothing told; "" once the verdict is. lost: why it was made once more."""
     with ExitStack() as held:
         evaluation = Evaluation(worker, request, held)
         held.callback(worker.silence_candidate)
@@ -125,8 +125,8 @@ def _evaluate(worker: Worker, request: dict[str, Any], *, again: bool) -> bool:
                 "extra_ms": evaluation.extra_ms,
             }
         except Ended as ended:
-            if isinstance(ended, JudgeLost) and not again:
-                return False
+            if isinstance(ended, Lost) and not lost:
+                return ended.reason
             evaluation.note_hang(ended)
             verdict |= {"status": ended.status, "reason": ended.reason, "digest": ended.digest}
         with evaluation.step("kill"):
@@ -137,34 +137,45 @@ def _evaluate(worker: Worker, request: dict[str, Any], *, again: bool) -> bool:
             "own_s": round(evaluation.own_s, 4),
             "waited": evaluation.waited_s,
             "overhead": evaluation.overhead(),
-            "conditions": evaluation.conditions,
+            "conditions": evaluation.conditions | ({"made_again": lost} if lost else {}),
         }
         worker.link.send({"job": evaluation.job, "verdict": verdict})
-    return True
+    return ""
 
 
 def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
-    """The message with what is wrong with a task, None when nothing is. Raises only PoolGone."""
+    """The message with what is wrong with a task, None when nothing is. Raises only PoolGone.
+
+    Where the judge was killed it is asked again, once.
+    """
     try:
-        judge = worker.judge_for(Task(**request["task"]))
-        while judge.pending:
-            worker.reply(judge, worker.limits.task_s, "loading the reference")
-        with ExitStack() as held:
-            regions: tuple[int, ...] = ()
-            if worker.on_gpu:
-                held.enter_context(gpu_turn(worker.device, worker.wait))
-                held.callback(worker.release_judge)
-                held.callback(judge.close_fds)
-            else:
-                regions = (create_region("inputs"), create_region("outputs"))
-                for fd in regions:
-                    held.callback(os.close, fd)
-            worker.ask(judge, {"op": "begin", "sets": 1}, regions)
-            worker.reply(judge, worker.limits.task_s, "loading the reference")
-            worker.judge_placed = worker.on_gpu
-            worker.ask(judge, {"op": "probe"})
-            answer = worker.reply(judge, worker.limits.task_s, "running the reference")
-            error = str(answer["error"]) or None
+        try:
+            error = _probe(worker, request)
+        except Lost:
+            error = _probe(worker, request)
     except Ended as ended:
         error = ended.reason.removeprefix("the task's reference failed: ")
     return {"job": request["job"], "task": error}
+
+
+def _probe(worker: Worker, request: dict[str, Any]) -> str | None:
+    """Run the reference; what it says is wrong. Raises Ended when its process does not answer."""
+    judge = worker.judge_for(Task(**request["task"]))
+    while judge.pending:
+        worker.reply(judge, worker.limits.task_s, "loading the reference")
+    with ExitStack() as held:
+        regions: tuple[int, ...] = ()
+        if worker.on_gpu:
+            held.enter_context(gpu_turn(worker.device, worker.wait))
+            held.callback(worker.release_judge)
+            held.callback(judge.close_fds)
+        else:
+            regions = (create_region("inputs"), create_region("outputs"))
+            for fd in regions:
+                held.callback(os.close, fd)
+        worker.ask(judge, {"op": "begin", "sets": 1}, regions)
+        worker.reply(judge, worker.limits.task_s, "loading the reference")
+        worker.judge_placed = worker.on_gpu
+        worker.ask(judge, {"op": "probe"})
+        answer = worker.reply(judge, worker.limits.task_s, "running the reference")
+        return str(answer["error"]) or None

@@ -18,6 +18,7 @@ from typing import Any
 from . import children, sandbox
 from .base import Candidate, Status
 from .buildcache import PreparedFolder
+from .builds import lean
 from .children import Child
 from .digest import error_digest, is_compile_error
 from .gpustate import GpuState
@@ -37,8 +38,11 @@ class Ended(Exception):
         self.status, self.reason, self.digest = status, reason, digest
 
 
-class JudgeLost(Ended):
-    """Somebody killed the judge: neither the task's fault nor the candidate's."""
+class Lost(Ended):
+    """Somebody who is not this worker killed the process that was to answer: the host, short of memory, for one.
+
+    A judge's end is nobody's fault. A candidate may have killed itself, so it is tried again once and no more.
+    """
 
 
 class PoolGone(Exception):
@@ -108,7 +112,7 @@ class Processes:
         build = Path(extra.get("TORCH_EXTENSIONS_DIR", scratch / "torch")).parent
         open_to_all = kind == "candidate" and Guard.SANDBOX in self.guards_off
         level = sandbox.PROCESS if open_to_all else self.level
-        readable = (self.triton_base,) if self.triton_base is not None else ()
+        readable = (lean.FOLDER, *((self.triton_base,) if self.triton_base is not None else ()))
         policy = sandbox.Policy(writable=(scratch, build), device=self.device, level=level, readable=readable)
         child = children.fork_child(
             kind,
@@ -117,7 +121,7 @@ class Processes:
             scratch=scratch,
             limits=self.limits,
             enter_sandbox=lambda: sandbox.enter(policy),
-            environment={**_threads(self.limits.threads), **extra},
+            environment={**_threads(self.limits.threads), **lean.environment(), **extra},
             cap_memory=not self.device.startswith("cuda"),
         )
         child.scratch = scratch
@@ -226,6 +230,11 @@ class Processes:
                 raise self._overdue(child, seconds, doing)
             self.pump(min(TICK_S, deadline - time.monotonic()))
 
+    def end_of(self, child: Child, doing: str) -> Ended | None:
+        """How a child ended that answered before; None when it lives."""
+        self.pump(0.0)
+        return self._gone(child, doing) if child.ended else None
+
     def heed_cancel(self) -> None:
         """Raises Ended when the job at hand was cancelled."""
         if self.job in self.link.cancelled:
@@ -318,11 +327,11 @@ class Processes:
 
     def _gone(self, child: Child, doing: str) -> Ended:
         how, printed = child.how_it_ended(), clip(child.output.decode(errors="replace"), 1500)
+        kind = Lost if "SIGKILL" in how else Ended
         if child is self.judge:
             self.end(child)
-            kind = JudgeLost if "SIGKILL" in how else Ended
             return kind(Status.RUNTIME_ERROR, f"the task's reference failed: its process was {how}", printed)
-        return Ended(Status.CRASH, f"its process {how} while {doing}", printed)
+        return kind(Status.CRASH, f"its process {how} while {doing}", printed)
 
     def _overdue(self, child: Child, seconds: float, doing: str) -> Ended:
         if child is self.judge:

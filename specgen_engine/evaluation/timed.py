@@ -6,7 +6,7 @@ import secrets
 import time
 from contextlib import ExitStack
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from . import children, sandbox
 from .base import Status
@@ -16,7 +16,7 @@ from .clock import supervisor_clock
 from .gpustate import conditions
 from .guards import Guard
 from .timing import Round, Speedup, floor_of, is_enough, skips_repeats, speedup, works_on
-from .worker import Ended, JudgeLost, Worker
+from .worker import Ended, Lost, Worker
 
 CLOCK_SETTLES_S = 0.0003
 EXTRA_S = 5.0
@@ -166,7 +166,7 @@ class Timed(Checked):
             if not self.worker.on_gpu:
                 time.sleep(CLOCK_SETTLES_S)
             spent.append(now() - start)
-            times.append(_times(child, answer, len(sequence), spent[-1]))
+            times.append(self._times_in(answer, child, len(sequence), spent[-1]))
             late.append(_late(answer))
             behind.append(_behind(answer) / len(sequence))
         self.goes_on.append(works_on(late[1], late[0], times[1]))
@@ -180,6 +180,20 @@ class Timed(Checked):
         if self.pace.apart:
             self.reference_repeats = max(MIN_REPEATS, self._repeats_for_a_block(times[0], walls[0]))
         return times[1]
+
+    def _times_in(self, answer: dict[str, Any], child: Child, count: int, spent_ns: int) -> list[int]:
+        """The times of an answer. A candidate that reports impossible ones is rejected.
+
+        Who was killed after its answer has no CPU clock any more, with which times would be possible.
+        """
+        times = answer.get("ns")
+        if _possible(times, count, spent_ns):
+            return times
+        if lost := self.worker.end_of(child, "showing its times"):
+            raise lost
+        if child.kind == "judge":
+            raise Lost(Status.RUNTIME_ERROR, "the task's reference failed: its times are impossible")
+        raise Ended(Status.REJECTED, "forged message: the times of the candidate are impossible")
 
     def _show(self, slot: int) -> None:
         with self.step("copies"):
@@ -244,19 +258,13 @@ class Timed(Checked):
         return name in self.extra_ms
 
 
-def _times(child: Child, answer: dict[str, Any], count: int, spent_ns: int) -> list[int]:
-    """The times of an answer; a candidate that reports impossible ones is rejected."""
-    times = answer.get("ns")
-    if (
-        not isinstance(times, list)
-        or len(times) != count
-        or not all(type(value) is int and value > 0 for value in times)
-        or sum(times) > spent_ns * 1.05 + UNSEEN_SLACK_NS
-    ):
-        if child.kind == "judge":  # killed after its answer, its CPU clock is gone: no fault of the candidate's
-            raise JudgeLost(Status.RUNTIME_ERROR, "the task's reference failed: its times are impossible")
-        raise Ended(Status.REJECTED, "forged message: the times of the candidate are impossible")
-    return times
+def _possible(times: Any, count: int, spent_ns: int) -> TypeGuard[list[int]]:
+    return (
+        isinstance(times, list)
+        and len(times) == count
+        and all(type(value) is int and value > 0 for value in times)
+        and sum(times) <= spent_ns * 1.05 + UNSEEN_SLACK_NS
+    )
 
 
 def _late(answer: dict[str, Any]) -> list[int]:

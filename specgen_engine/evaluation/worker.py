@@ -17,10 +17,10 @@ from .buildcache import BuildFolder, PreparedFolder, sweep
 from .children import Child
 from .gpulock import gpu_turn
 from .guards import Guard
-from .processes import TICK_S, Ended, JudgeLost, Link, PoolGone, Processes
+from .processes import TICK_S, Ended, Link, Lost, PoolGone, Processes
 from .wire import Channel
 
-__all__ = ["TICK_S", "Ended", "JudgeLost", "Link", "PoolGone", "Worker"]
+__all__ = ["TICK_S", "Ended", "Link", "Lost", "PoolGone", "Worker"]
 CANCEL_PATIENCE_S = 0.1
 PROBE_S = 2.0
 LOADING_REPLIES = 2
