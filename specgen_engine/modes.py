@@ -150,9 +150,9 @@ def refusals(server_args: Any, environ: Mapping[str, str] = os.environ) -> list[
 
 
 def refusal_of(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why a mode that is told elsewhere is refused, or None when the operator tries it."""
+    """Why a mode that is told elsewhere is refused, or None when it is not or the operator tries it."""
     (mode,) = (mode for mode in MODES if mode.name == name)
-    return None if _tried(mode, environ) else f"{mode.option}: {mode.why}"
+    return None if mode.verdict != "refused" or _tried(mode, environ) else f"{mode.option}: {mode.why}"
 
 
 def tree_refusal(

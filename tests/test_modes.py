@@ -101,6 +101,13 @@ def test_a_mode_that_only_lacks_a_run_can_be_tried_by_its_name() -> None:
     assert modes.tree_refusal(tree, True, "Gemma3ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is not None
 
 
+def test_a_mode_that_is_told_elsewhere_is_refused_by_its_verdict_alone() -> None:
+    name = "remote KV tier of DeepSeek-V4"
+    assert "--specgen-kv off" in (modes.refusal_of(name, {}) or "")
+    assert modes.refusal_of(name, {modes.TRY: name}) is None
+    assert modes.refusal_of("chunked prefill", {}) is None
+
+
 def test_a_draft_model_is_served_and_a_models_own_layers_or_other_workers_are_not() -> None:
     eagle = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "model_path": "target"}
     assert modes.refusals(SimpleNamespace(**eagle, speculative_draft_model_path="draft"), {}) == []
