@@ -22,20 +22,23 @@ def shares(rows: Sequence[Row], evaluators: int) -> dict[str, float | None]:
 
     held: some candidate compiles, is checked, timed or profiled. busy_while_waiting: of the time in which a candidate
     waited for an evaluator, the share in which one was checked, timed or profiled; None when none ever waited.
-    waiting_s: that time. Rows of one phase share a clock.
+    waiting_s: that time. busy_s: in which some candidate is checked, timed or profiled, added up over the devices; what
+    several do at once on one is counted once. Rows of one phase share a clock.
     """
-    waited = worked = held = whole = 0.0
+    waited = worked = held = whole = seconds = 0.0
     for phase in dict.fromkeys(row.get("phase", 0) for row in rows):
         mine = [row for row in rows if row.get("phase", 0) == phase]
         busy, hold, waiting = _by_device(mine)
         whole += max(row["began_s"] + row["client_s"] for row in mine) - min(row["began_s"] for row in mine)
         held += sum(length(spans) for spans in hold.values())
+        seconds += sum(length(spans) for spans in busy.values())
         waited += length(waiting)
         worked += sum(common(spans, waiting) for spans in busy.values())
     return {
         "held": held / (evaluators * whole) if whole else None,
         "busy_while_waiting": worked / (evaluators * waited) if waited else None,
         "waiting_s": waited,
+        "busy_s": seconds,
     }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.e2e_configurations import SEQUENTIAL
 from bench.e2e_evaluators import shares
+from bench.e2e_spent import where_time_went, without_compiling
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
+_NOTHING_USED: dict[str, Any] = {"busy": None, "useful": None, "gpu_seconds": {}}
 Row = Mapping[str, Any]
 
 
@@ -54,9 +57,14 @@ def accepted(row: Row) -> float | None:
     return (row["accepted"] or {}).get("speedup")
 
 
+def answered(row: Row) -> int:
+    """Answer tokens that the base decoded: an early end returns a candidate's answer, whose tokens a fork has had."""
+    return int(row["answer_tokens"]) if row["ended_by"] == "reasoning" else 0
+
+
 def tokens(row: Row) -> int:
     """All that the engine generated for a search."""
-    return int(row["reasoning_tokens"] + row["answer_tokens"] + row["fork_tokens"])
+    return int(row["reasoning_tokens"] + answered(row) + row["fork_tokens"])
 
 
 def rate(row: Row) -> float:
@@ -67,7 +75,8 @@ def rate(row: Row) -> float:
 def compare(row: Row, alone: Row, target: float) -> dict[str, Any]:
     """One trace of a configuration beside its sequential run.
 
-    gain: sequential's time over this one's, to an answer of at least `target`; 1.0 when it has none.
+    gain: sequential's time over this one's, to an answer of at least `target`; 1.0 when it has none. gain_floor: the
+    same with sequential's compiling and queueing taken off its time and nothing off this one's.
     """
     speed, final = accepted(row), accepted(alone)
     met = bool(speed and speed >= target)
@@ -79,12 +88,14 @@ def compare(row: Row, alone: Row, target: float) -> dict[str, Any]:
         "seed": row["seed"],
         "met": met,
         "gain": times / row["client_s"] if met else 1.0,
+        "gain_floor": without_compiling(alone) / row["client_s"] if met else 1.0,
         "time_over_sequential": row["client_s"] / times,
         "accepted": speed,
         "accepted_over_final": speed / final if speed and final else None,
         "best_by_time": {f"{share:.0%}": _over(best_at_seconds(row, share * times), final) for share in SHARES},
         "best_by_tokens": {f"{share:.0%}": _over(best_at_tokens(row, share * spent), final) for share in SHARES},
         "base_rate_over_sequential": rate(row) / rate(alone),
+        "spent": where_time_went(row),
     }
 
 
@@ -93,13 +104,9 @@ def _over(speed: float | None, final: float | None) -> float | None:
 
 
 def feedback(rows: Sequence[Row]) -> dict[str, Any]:
-    """Verdicts and what they cost. latency: from a candidate's submission to its verdict, seconds."""
-    latencies = sorted(
-        one["verdict_s"] - one["submitted_s"]
-        for row in rows
-        for one in row["candidates"]
-        if one["verdict_s"] is not None
-    )
+    """Verdicts and what they cost; per minute: of the searches' own time, added up."""
+    judged = [one for row in rows for one in row["candidates"] if one["verdict_s"] is not None]
+    kinds = sorted({one["kind"] for one in judged if one.get("kind")})
     good = sum(len(correct(row)) for row in rows)
     profiled = sum(one["profiled"] for row in rows for one in correct(row))
     seconds, spent = sum(row["client_s"] for row in rows), sum(tokens(row) for row in rows)
@@ -110,8 +117,20 @@ def feedback(rows: Sequence[Row]) -> dict[str, Any]:
         "correct_per_1000_tokens": 1000 * good / spent,
         "profiled_per_minute": 60 * profiled / seconds,
         "profiled_per_1000_tokens": 1000 * profiled / spent,
-        "latency_p50_s": statistics.median(latencies) if latencies else None,
-        "latency_p95_s": latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))] if latencies else None,
+        **latency(judged),
+        "by_kind": {kind: latency([one for one in judged if one.get("kind") == kind]) for kind in kinds},
+    }
+
+
+def latency(judged: Sequence[Row]) -> dict[str, float | int | None]:
+    """From a candidate's submission to its verdict, seconds; p95: the least that 95 % of them don't exceed."""
+    seconds = sorted(one["verdict_s"] - one["submitted_s"] for one in judged)
+    return {
+        "verdicts": len(seconds),
+        "latency_p50_s": statistics.median(seconds) if seconds else None,
+        "latency_p95_s": seconds[math.ceil(0.95 * len(seconds)) - 1] if seconds else None,
+        "queued_s": statistics.fmean(one["stages"].get("queued", 0.0) for one in judged) if judged else None,
+        "compile_s": statistics.fmean(one["stages"].get("compile", 0.0) for one in judged) if judged else None,
     }
 
 
@@ -128,7 +147,7 @@ def engine_tokens(rows: Sequence[Row]) -> dict[str, int]:
     wasted = sum(fork["tokens"] for row in rows for fork in row["forks"] if (id(row), fork["n"]) not in own)
     return {
         "reasoning": sum(row["reasoning_tokens"] for row in rows),
-        "answer": sum(row["answer_tokens"] for row in rows),
+        "answer": sum(answered(row) for row in rows),
         "fork": sum(row["fork_tokens"] for row in rows),
         "wasted": wasted,
         "harvested_candidates": sum(one["source"] == "draft" for row in rows for one in row["candidates"]),
@@ -143,15 +162,21 @@ def over(mine: Row, alone: Row) -> dict[str, float | None]:
     return {kind: mine[kind] / alone[kind] if alone[kind] else None for kind in kinds}
 
 
-def utilisation(phases: Sequence[Row], evaluators: int) -> dict[str, Any]:
-    """Shares of the evaluators' time over whole phases: busy, and useful work in it; and their seconds by outcome."""
+def utilisation(phases: Sequence[Row], evaluators: int, busy_s: float) -> dict[str, Any]:
+    """Shares of the evaluators' time over whole phases, and their seconds by outcome as the pool's account has them.
+
+    busy_s: of work that got a verdict, what several workers did at once on one GPU counted once; the account counts it
+    for each, and has what was killed. useful: without what was superseded or killed.
+    """
     available = evaluators * sum(phase["wall_s"] for phase in phases)
     spent = [phase["gpu_seconds"] for phase in phases]
     outcomes = dict.fromkeys(outcome for one in spent for outcome in one)
+    seconds = {outcome: sum(one.get(outcome, 0.0) for one in spent) for outcome in outcomes}
+    in_time, late = seconds.get("useful", 0.0), seconds.get("superseded", 0.0)
     return {
-        "busy": sum(sum(one.values()) for one in spent) / available,
-        "useful": sum(one.get("useful", 0.0) for one in spent) / available,
-        "gpu_seconds": {outcome: round(sum(one.get(outcome, 0.0) for one in spent), 3) for outcome in outcomes},
+        "busy": (busy_s + seconds.get("cancelled", 0.0)) / available,
+        "useful": busy_s * in_time / (in_time + late) / available if in_time else 0.0,
+        "gpu_seconds": {outcome: round(value, 3) for outcome, value in seconds.items()},
     }
 
 
@@ -181,11 +206,14 @@ def key_of(row: Row) -> tuple[str, int, int]:
 
 def _evaluators(name: str, rows: Sequence[Row], phases: Sequence[Row], evaluators: int) -> dict[str, Any]:
     own = [phase for phase in phases if phase["configuration"] == name]
-    whole = utilisation(own, evaluators) if own else {"busy": None, "useful": None, "gpu_seconds": {}}
+    used = shares(rows, evaluators)
+    wall = sum(phase["wall_s"] for phase in own)
+    whole = utilisation(own, evaluators, used["busy_s"] or 0.0) if own else _NOTHING_USED
     engine = sum(phase["wall_s"] * phase.get("engine_gpus", 1) for phase in own)
     paused = sum(phase.get("engine_paused_s", 0.0) for phase in own)
     seconds = {"engine_gpu_seconds": round(engine, 1), "engine_paused_s": round(paused, 1)}
-    return whole | shares(rows, evaluators) | seconds | {"kv": _kv(own)}
+    rate_s = {"correct_per_wall_minute": 60 * sum(len(correct(row)) for row in rows) / wall if wall else None}
+    return whole | used | seconds | rate_s | {"kv": _kv(own)}
 
 
 def _kv(phases: Sequence[Row]) -> dict[str, float]:
@@ -205,8 +233,11 @@ def _line(pairs: Sequence[tuple[Row, Row]], target: float) -> dict[str, Any]:
 
     return {
         "traces": len(found),
+        "commits": sorted({row["commit"] for row in rows if row.get("commit")}),
+        "dates": sorted({row["date"][:10] for row in rows if row.get("date")}),
         "met": sum(one["met"] for one in found),
         "gain": mean(one["gain"] for one in found),
+        "gain_floor": mean(one["gain_floor"] for one in found),
         "gain_by_seed": {
             str(seed): mean(one["gain"] for one in found if one["seed"] == seed)
             for seed in sorted({one["seed"] for one in found})
@@ -219,6 +250,7 @@ def _line(pairs: Sequence[tuple[Row, Row]], target: float) -> dict[str, Any]:
         "best_by_tokens": curve("best_by_tokens"),
         "base_rate_over_sequential": kept,
         "base_slowdown": 1 - kept if kept else None,
+        "worst_base_slowdown": 1 - min(one["base_rate_over_sequential"] for one in found),
         "tokens_per_s": statistics.median(rate(row) for row in rows),
         "feedback": mine,
         "feedback_over_sequential": over(mine, its),

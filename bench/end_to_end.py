@@ -4,10 +4,10 @@
 
 Recorded reasoning is replayed through the real engine (random weights, recorded ids): decode speed is the engine's own;
 compiling, checking, timing and profiling are real. Before each configuration every cache of builds and the radix tree
-are emptied; each trace is played once in it, N at a time. A row is saved as soon as its search ends; --resume F goes on
-with what is missing; --budget-s ends in time and says what was left out. --iterations all plays the iterations of a
-trace one after the other, as one search. Beside every gain stands the oracle's, at the decode rate measured in the
-sequential run.
+are emptied; each trace is played once in it, N at a time. A row is saved as soon as its search ends, with its commit
+and date; --resume F goes on with what is missing; --budget-s ends in time and says what was left out. --iterations all
+plays the iterations of a trace one after the other, as one search. Beside every gain stand the oracle's, at the decode
+rate measured in the sequential run, and what is left of it when sequential's compiling is taken to be free.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import asyncio
 import json
 import math
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -28,23 +27,24 @@ from typing import Any
 
 from bench.e2e_budget import longest_first, measured_rate, tokens_of, why_left_out
 from bench.e2e_configurations import CONFIGURATIONS, SEQUENTIAL, Configuration, chosen
+from bench.e2e_oracle import name_kinds, oracle_gains, recorded
 from bench.e2e_plot import plot
 from bench.e2e_report import key_of, label, mean, rate, summarise, tokens
 from bench.e2e_runs import runs
 from bench.e2e_searches import Limits, Play, empty_cache, play_phase, warm_up
 from bench.e2e_servers import Gpus, Setup, server
 from bench.e2e_table import markdown, print_table
-from bench.machine import new_report, write_report
-from bench.recordings import Measured, UsageError, folder_of, read_scores, subject_of, tokenizer
-from bench.service_times import ServiceTimes
-from bench.virtual_time import Machine, oracle_seconds, sequential
-from specgen_engine.controller.termination import Speedup, parse_termination
+from bench.machine import commit, describe_machine, new_report, write_report
+from bench.recordings import UsageError, folder_of, read_scores, tokenizer
+from specgen_engine.controller.termination import parse_termination
 from specgen_engine.errors import SpecGenError
 from specgen_engine.replay.trace import Iteration, Trace, TraceError, load_traces
 
 SCHEMA = "specgen.end_to_end/1"
 ALL = "all"
 BEFORE_IT_WAS_SAID = {"iterations": "1", "workers": 6, "attention_backend": "triton", "pool_tokens": None}
+# Drivers, kernels and a host's number of GPUs may differ from one lease to the next; the rows' date tells.
+SAME_MACHINE = ("gpu", "cpu", "cpus", "torch", "sglang")
 HEADLINE = (SEQUENTIAL, "specgen", "no-early-end")
 
 
@@ -54,7 +54,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, traces: list[Trace], setup: Setup, report: dict[str, Any]) -> None:
         self.args, self.traces, self.setup, self.report = args, traces, setup, report
         self.started, self.before_s = time.monotonic(), report.get("wall_s", 0.0)
-        self.deadline = self.started + args.budget_s if args.budget_s else math.inf
+        self.deadline = math.inf if args.budget_s is None else self.started + args.budget_s
+        self.origin = {"commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self.reasoning_tokens: dict[str, int] = {}
 
     @property
@@ -66,6 +67,9 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def run(self, configurations: list[Configuration]) -> None:
+        if self.left_s() <= 0 or not any(map(self.missing, configurations)):
+            return
+        refuse_other_machine(self.report)
         # A worker outlives its server by moments and may still be tidying its build: that must not cost the report.
         with tempfile.TemporaryDirectory(prefix="specgen-builds-", ignore_cleanup_errors=True) as folder:
             cache = Path(folder)
@@ -131,6 +135,8 @@ class Bench:
         )
 
     def phase(self, url: str, one: Configuration, seed: int, cache: Path) -> None:
+        before = self.report["left_out"]
+        self.report["left_out"] = [it for it in before if (it["configuration"], it["seed"]) != (one.name, seed)]
         chains = self.chains(one, seed)
         if not chains:
             return
@@ -143,7 +149,7 @@ class Bench:
         )  # fmt: skip
         done = asyncio.run(play_phase(url, one, chains, seed, limits, self.save))
         done["engine_gpus"] = 0 if self.setup.gpus.serve is None else 1
-        self.report["phases"].append(done)
+        self.report["phases"].append(done | self.origin)
         self.write()
         say(f"{one.name}, seed {seed}: {done['searches']} searches in {done['wall_s']:.1f} s")
 
@@ -162,7 +168,7 @@ class Bench:
         say(f"  {one.name} {label(row)}: left out, {why}")
 
     def save(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+        self.rows.append(row | self.origin)
         self.write()
         kernel = f"{row['accepted']['speedup']:.2f}x" if row["accepted"] and row["accepted"]["speedup"] else "no kernel"
         say(
@@ -185,34 +191,17 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def oracle_gains(
-    report: dict[str, Any], traces: list[Trace], scores: dict[str, Any], target: float
-) -> dict[str, float]:
-    """By what was played: what its first recorded fork that meets the target gains at sequential's measured rate."""
-    encode, gains = tokenizer(), dict[str, float]()
-    for trace, iteration in [(one, it) for one in traces for it in played(one, report["iterations"])]:
-        rates = [
-            rate(row)
-            for row in report["rows"]
-            if row["configuration"] == SEQUENTIAL and key_of(row)[:2] == (trace.name, iteration.number)
-        ]
-        if not rates:
-            continue
-        machine = Machine(tokens_per_s=statistics.median(rates), evaluators=report["evaluators"])
-        recording = subject_of(trace, iteration, Measured(scores, ServiceTimes()), encode).recording
-        ideal, alone = oracle_seconds(recording, machine, Speedup(target)), sequential(recording, machine).seconds
-        name = label({"trace": trace.name, "iteration": iteration.number})
-        gains[name] = max(1.0, alone / ideal) if ideal else 1.0
-    return gains
-
-
 def finish(report: dict[str, Any], traces: list[Trace], scores: dict[str, Any]) -> None:
     """Fill in the summary from the rows."""
+    found = [(trace, iteration) for trace in traces for iteration in played(trace, report["iterations"])]
+    name_kinds(report["rows"], recorded(found))
     lines = summarise(report["rows"], report["phases"], report["evaluators"], report["target"])
     if scores:
-        gains = report["oracle"] = oracle_gains(report, traces, scores, report["target"])
+        gains = report["oracle"] = oracle_gains(report, found, scores, tokenizer())
         for line in lines:
-            line["oracle_gain"] = mean(gains.get(label(one)) for one in line["by_trace"])
+            for one in line["by_trace"]:
+                one["oracle_gain"] = gains.get(label(one))
+            line["oracle_gain"] = mean(one["oracle_gain"] for one in line["by_trace"])
             line["share_of_oracle"] = line["gain"] / line["oracle_gain"] if line["oracle_gain"] else None
     report["summary"], report["runs"] = lines, runs(report["rows"])
 
@@ -254,7 +243,24 @@ def open_report(args: argparse.Namespace, traces: list[Trace], gpus: Gpus) -> di
             conditions[name] = value
         elif report.get(name) != value:
             raise SpecGenError(f"--resume {args.resume}: its {name} is {report.get(name)!r}, not {value!r}; start anew")
-    return {**report, "traces": conditions["traces"], "left_out": []}
+    for row in report["rows"]:
+        row.setdefault("commit", report.get("commit"))
+        row.setdefault("date", report["machine"]["date"])
+    kept = {
+        name: [one for one in report.get(name, []) if one["configuration"] not in args.again]
+        for name in ("rows", "phases", "left_out")
+    }
+    return {**report, **kept, "traces": conditions["traces"]}
+
+
+def refuse_other_machine(report: dict[str, Any]) -> None:
+    """Rows of two machines side by side would say nothing. Raises SpecGenError."""
+    if not report["rows"]:
+        return
+    then, now = report["machine"], describe_machine()
+    for name in SAME_MACHINE:
+        if (was := then.get(name)) != (found := now.get(name)):
+            raise SpecGenError(f"--resume: its rows were played with {name} {was!r}, here it is {found!r}; start anew")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -269,6 +275,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="F.png")
     parser.add_argument("--markdown", type=Path, metavar="F.md", help="the tables, for a README")
     parser.add_argument("--resume", type=Path, metavar="F", help="go on with this report")
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="NAME", help="configurations whose rows in --resume's are dropped"
+    )
     parser.add_argument(
         "--configurations", nargs="+", default=list(HEADLINE), metavar="NAME", help=", ".join(CONFIGURATIONS)
     )
@@ -285,7 +294,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--pool-tokens", type=int, help="size of the KV pool (default: what fits)")
     parser.add_argument("--workers", type=int, default=6, help="evaluations at once on each evaluator")
-    parser.add_argument("--budget-s", type=float, help="end after so many seconds; what can't be done is left out")
+    parser.add_argument(
+        "--budget-s", type=float, help="end after so many seconds (0: play nothing); the rest is left out"
+    )
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: temporary)")
     args = parser.parse_args(arguments)
     for name, low in (("searches", 1), ("workers", 1), ("target", 0.0), ("share_of_final", 0.0)):
@@ -293,6 +304,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: use {low} or more")
     if args.iterations != ALL and (not args.iterations.isdigit() or int(args.iterations) < 1):
         parser.error(f"--iterations {args.iterations}: use a number of 1 or more, or all")
+    if args.again and (args.resume is None or args.resume.resolve() == args.json.resolve()):
+        parser.error("--again drops rows of --resume F: give one, and --json another file than F")
+    if unknown := [name for name in args.again if name not in args.configurations]:
+        parser.error(f"--again {' '.join(unknown)}: name it in --configurations, too")
     return args
 
 
@@ -319,7 +334,7 @@ def run(args: argparse.Namespace) -> None:
         bench = Bench(args, traces, setup, report)
         bench.run(configurations)
     finish(report, traces, args.known)
-    bench.write()
+    write_report(args.json, report)
     print_table(report)
     if args.markdown is not None:
         args.markdown.write_text(markdown(report))

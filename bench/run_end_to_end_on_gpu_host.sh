@@ -4,7 +4,8 @@
 # CARRY holds what `python -m bench.e2e_pack` made, SITE SGLang 0.5.17 with its dependencies. TRACES: folders below
 # CARRY/traces. It ends within LIMIT_S; what can't be done by then is left out and said. Leaves in OUT: end_to_end.json (a
 # row as soon as its search ends), end_to_end.md, logs.tar.gz, kernels.tar.xz. Where the tokenizer's package is: the same
-# command with --resume and --scores fills in the oracle and draws the figure. STEP=overhead runs bench.overhead instead.
+# command with --resume, --budget-s 0 and --scores fills in the oracle and draws the figure. ARGS="--resume CARRY/F --again
+# specgen" plays specgen anew beside F's other rows. STEP=overhead runs bench.overhead instead.
 set -u
 OUT=${OUT:-end_to_end_results}
 CARRY=${CARRY:-build/carry_e2e}

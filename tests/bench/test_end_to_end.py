@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from bench import e2e_budget, e2e_evaluators, e2e_plot, e2e_report, e2e_runs, e2e_table, end_to_end
+from bench import (
+    e2e_budget,
+    e2e_evaluators,
+    e2e_oracle,
+    e2e_plot,
+    e2e_report,
+    e2e_runs,
+    e2e_spent,
+    e2e_table,
+    end_to_end,
+)
 from bench.e2e_configurations import CONFIGURATIONS, chosen, server_arguments, workers_of
 from bench.e2e_searches import tokens_at_verdicts
 from bench.e2e_servers import Gpus, Setup, host_size, server
@@ -35,14 +45,15 @@ ALONE: dict[str, Any] = {
     "configuration": "sequential", "trace": "t", "iteration": 1, "group": "ours", "seed": 0, "began_s": 0.0,
     "client_s": 100.0, "wall_s": 100.0,
     "reasoning_s": 90.0, "reasoning_tokens": 900, "answer_tokens": 100, "fork_tokens": 0,
-    "accepted": {"speedup": 2.0}, "candidates": [candidate("own", 2.0, 100.0, 0, [])], "forks": [],
-    "verdict_tokens": [1000],
+    "accepted": {"hash": "own", "speedup": 2.0}, "candidates": [candidate("own", 2.0, 100.0, 0, [])], "forks": [],
+    "verdict_tokens": [1000], "ended_by": "reasoning",
 }  # fmt: skip
 FORKED: dict[str, Any] = {
     **ALONE, "configuration": "specgen", "client_s": 40.0, "wall_s": 40.0, "reasoning_s": 40.0,
-    "reasoning_tokens": 360, "answer_tokens": 0, "fork_tokens": 300, "accepted": {"speedup": 1.6},
+    "reasoning_tokens": 360, "answer_tokens": 0, "fork_tokens": 300, "accepted": {"hash": "b", "speedup": 1.6},
     "candidates": [candidate("a", None, 10.0, 0, [1]), candidate("b", 1.6, 40.0, 1, [2, 3])],
     "forks": [fork(1, 100, "a"), fork(2, 100, "b"), fork(3, 100, "b")], "verdict_tokens": [190, 660],
+    "ended_by": "criterion",
 }  # fmt: skip
 
 
@@ -59,6 +70,64 @@ def test_a_verdict_that_no_decision_followed_came_after_all_tokens() -> None:
     spent = e2e_report.tokens(row)
     assert e2e_report.best_at_tokens(row, spent - 1) is None
     assert e2e_report.best_at_tokens(row, spent) == e2e_report.accepted(row)
+
+
+def test_a_gain_has_a_floor_that_no_faster_compiler_takes_away() -> None:
+    assert e2e_report.compare(FORKED, ALONE, 1.5)["gain_floor"] == pytest.approx((100 - 0.5 - 0.5) / 40)
+    assert e2e_report.compare(FORKED, ALONE, 1.7)["gain_floor"] == 1.0
+
+
+def test_an_early_end_returns_an_answer_that_nobody_decoded_twice() -> None:
+    row = {**FORKED, "answer_tokens": 100}
+    assert e2e_report.tokens(row) == 660
+    assert e2e_report.engine_tokens([row])["answer"] == 0
+    assert e2e_report.tokens({**row, "ended_by": "reasoning"}) == 760
+
+
+def test_where_the_time_of_a_search_went() -> None:
+    own = {"reasoning": 90.0, "answer": 8.0, "queued": 0.5, "compile": 0.5, "check_and_time": 1.0, "rest": 0.0}
+    assert e2e_spent.where_time_went(ALONE) == own
+    forked = e2e_spent.where_time_went({**FORKED, "client_s": 40.25})
+    assert forked == {**own, "reasoning": 2.0, "answer": 36.0, "rest": 0.25}
+    draft = {**candidate("b", 1.6, 40.0, 1, []), "source": "draft"}
+    assert e2e_spent.where_time_went({**FORKED, "candidates": [draft]}) == {**own, "reasoning": 38.0, "answer": 0.0}
+    assert e2e_spent.where_time_went({**FORKED, "accepted": None}) is None
+
+
+def test_latency_by_what_a_candidate_is_written_in() -> None:
+    slow = {**candidate("s", 1.0, 70.0, 0, []), "kind": "cuda", "submitted_s": 5.0}
+    row = {**ALONE, "candidates": [slow, {**candidate("q", 1.0, 9.0, 1, []), "kind": "triton"}]}
+    said = e2e_report.feedback([row])["by_kind"]
+    assert [(kind, one["verdicts"], one["latency_p50_s"]) for kind, one in said.items()] == [
+        ("cuda", 1, 65.0), ("triton", 1, 2.0)
+    ]  # fmt: skip
+    many = [{**candidate("c", 1.0, 10.0, 0, []), "submitted_s": 10.0 - n} for n in range(1, 21)]
+    assert e2e_report.latency(many)["latency_p95_s"] == 19.0
+
+
+def test_the_oracle_takes_this_run_s_rates_and_service_times() -> None:
+    (trace,) = load_traces([BUNDLED])
+    one = trace.iterations[0]
+    answers = e2e_oracle.recorded([(trace, one)])
+    first = next(name for name, (answer, _) in answers.items() if answer.endswith("/fork-1.md"))
+    scores: dict[str, dict[str, Any]] = {
+        name: {"status": "correct", "speedup": 1.6, "import_s": 500.0, "check_s": 500.0} for name, _ in answers.values()
+    }
+    judged = {**candidate(first, 1.6, 20.0, 0, [1]), "stages": {"queued": 7.0, "compile": 3.0, "check": 1.0}}
+    slower = {**judged, "stages": {"compile": 30.0, "check": 1.0}}
+    alone = {**ALONE, "trace": trace.name, "client_s": 10_000.0}
+    rows = [alone, {**alone, "configuration": "specgen", "candidates": [judged, slower]}]
+    report = {"rows": rows, "evaluators": 1, "target": 1.5}
+
+    def letters(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        return [0] * len(text), [(n, n + 1) for n in range(len(text))]
+
+    gains = e2e_oracle.oracle_gains(report, [(trace, one)], scores, letters)
+    mark = one.marks[0]
+    tokens = len(one.reasoning[: mark.char_offset]) + len(one.forks[mark.fork])
+    assert gains == {trace.name: pytest.approx(10_000 / (tokens / 10 + 0.1 + 4.0))}
+    e2e_oracle.name_kinds(rows, answers)
+    assert judged["kind"] == answers[first][1]
 
 
 def test_a_criterion_that_is_not_met_gains_nothing() -> None:
@@ -81,7 +150,9 @@ def test_busy_and_useful_shares_are_of_all_evaluators_and_whole_phases() -> None
     lines = e2e_report.summarise([ALONE, FORKED], [phase], 2, 1.5)
     assert [line["configuration"] for line in lines] == ["sequential", "specgen"]
     said = lines[1]["evaluators"]
-    assert (said["busy"], said["useful"], said["gpu_seconds"]) == (0.3, 0.2, phase["gpu_seconds"])
+    assert (said["busy"], said["gpu_seconds"]) == (pytest.approx(2.0 / 100), phase["gpu_seconds"])
+    assert said["useful"] == pytest.approx(0.02 * 20 / 30)
+    assert said["correct_per_wall_minute"] == pytest.approx(60 * 1 / 50)
     assert (said["engine_gpu_seconds"], said["engine_paused_s"]) == (50.0, 2.5)
     assert said["kv"] == {"written_bytes": 4e9, "restored_bytes": 1e9}
     assert lines[0]["evaluators"]["busy"] is None
@@ -161,6 +232,7 @@ def test_evaluators_over_time_of_the_longest_phase() -> None:
     assert sum(busy) * 2 * 2.0 == pytest.approx(work)
     assert busy[:4] == [0.0] * 4
     assert busy[4] > 0
+    assert e2e_evaluators.shares([row, {**row, "trace": "beside"}], 2)["busy_s"] == pytest.approx(work)
     assert e2e_evaluators.over_time([], 2, 2.0) == ([], [])
     with pytest.raises(ValueError, match="step_s 0"):
         e2e_evaluators.over_time([row], 2, 0)
@@ -195,14 +267,27 @@ def test_the_table_says_every_figure_of_a_line() -> None:
         "summary": e2e_report.summarise([ALONE, FORKED], [phase], 1, 1.5), "runs": [],
     }  # fmt: skip
     text = e2e_table.markdown(report)
+    assert "| t | specgen | 2.0 | 36.0 | 0.5 | 0.5 | 1.0 | 0.0 | 40.0 | 1.60 | 2.50 | - | 2.48 |" in text
+    assert "Commits" not in text
     row = next(line for line in text.splitlines() if line.startswith("| specgen | ours | 1/1"))
-    assert row.startswith("| specgen | ours | 1/1 | 2.50 |")
+    assert row.startswith("| specgen | ours | 1/1 | 2.50 | 2.48 |")
     assert "0.00 / 0.80 / 0.80 / 0.80" in row
     assert "| 50 / 20 | 3 |" in text
     heads = [line for line in text.splitlines() if line.startswith("| configuration")]
     assert {head.count("|") for head in heads} == {
         len(one) + 1 for one in (e2e_table.TIME, e2e_table.FEEDBACK, e2e_table.COST)
     }
+
+
+def test_a_table_says_which_configurations_are_of_another_commit() -> None:
+    rows = [
+        ALONE | {"commit": "a" * 40, "date": "2026-01-02T00:00:00Z"},
+        FORKED | {"commit": "b" * 40, "date": "2026-01-03"},
+    ]
+    said = e2e_table.commits(e2e_report.summarise(rows, [], 1, 1.5))
+    assert said.startswith("Commits: sequential aaaaaaa (2026-01-02); specgen bbbbbbb (2026-01-03). Of another commit")
+    rows[1]["commit"] = rows[0]["commit"]
+    assert "Of another commit" not in e2e_table.commits(e2e_report.summarise(rows, [], 1, 1.5))
 
 
 @pytest.mark.parametrize(
@@ -235,3 +320,49 @@ def test_a_report_goes_on_under_its_own_conditions_alone(name: str, other: objec
     path.write_text(json.dumps(begun | {name: other}))
     with pytest.raises(SpecGenError, match=f"its {name} is {other!r}, not "):
         end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))
+
+
+def test_what_is_played_again_leaves_the_report_and_every_row_keeps_its_commit(tmp_path: Path) -> None:
+    path, traces = tmp_path / "old.json", load_traces([BUNDLED])
+    words = ["--traces", str(BUNDLED), "--gpus", "cpu", "--json", str(tmp_path / "new.json")]
+    begun = end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))
+    phases = [{"configuration": "sequential"}, {"configuration": "specgen"}]
+    path.write_text(json.dumps(begun | {"commit": "old", "rows": [ALONE, FORKED], "phases": phases}))
+    words += ["--resume", str(path), "--configurations", "sequential", "specgen", "--again", "specgen"]
+    found = end_to_end.open_report(end_to_end.parse_arguments(words), traces, Gpus(None))
+    assert found["rows"] == [ALONE | {"commit": "old", "date": begun["machine"]["date"]}]
+    assert found["phases"] == phases[:1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--again", "specgen"],
+        ["--resume", "r.json", "--again", "specgen"],
+        ["--resume", "o.json", "--again", "adaptive"],
+    ],
+)
+def test_rows_are_not_dropped_from_the_only_file_that_holds_them(more: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        end_to_end.parse_arguments(["--traces", "t", "--gpus", "cpu", "--json", "r.json", *more])
+
+
+def test_rows_of_two_machines_are_not_put_side_by_side() -> None:
+    here = end_to_end.describe_machine()
+    end_to_end.refuse_other_machine({"rows": [ALONE], "machine": here | {"driver": "other", "kernel": "other"}})
+    end_to_end.refuse_other_machine({"rows": [], "machine": here | {"gpu": "other"}})
+    with pytest.raises(SpecGenError, match="played with gpu 'other'"):
+        end_to_end.refuse_other_machine({"rows": [ALONE], "machine": here | {"gpu": "other"}})
+
+
+def test_nothing_is_played_without_a_budget(tmp_path: Path) -> None:
+    """How a report of a GPU is finished on a machine without one: no server starts, what was left out stays said."""
+    path = tmp_path / "r.json"
+    words = ["--traces", str(BUNDLED), "--gpus", "cpu", "--json", str(path)]
+    begun = end_to_end.open_report(end_to_end.parse_arguments(words), load_traces([BUNDLED]), Gpus(None))
+    left = [{"configuration": "sequential", "trace": "t", "iteration": 1, "seed": 0, "why": "w"}]
+    machine = begun["machine"] | {"gpu": "other"}
+    path.write_text(json.dumps(begun | {"machine": machine, "rows": [ALONE, FORKED], "left_out": left}))
+    assert end_to_end.main([*words, "--resume", str(path), "--budget-s", "0"]) == 0
+    report = json.loads(path.read_text())
+    assert (report["left_out"], [line["gain"] for line in report["summary"]]) == (left, [1.0, 2.5])
