@@ -350,6 +350,7 @@ def test_rows_are_not_dropped_from_the_only_file_that_holds_them(more: list[str]
 def test_rows_of_two_machines_are_not_put_side_by_side() -> None:
     here = end_to_end.describe_machine()
     end_to_end.refuse_other_machine({"rows": [ALONE], "machine": here | {"driver": "other", "kernel": "other"}})
+    end_to_end.refuse_other_machine({"rows": [ALONE], "machine": here | {"torch": f"{here['torch']}+cu130"}})
     end_to_end.refuse_other_machine({"rows": [], "machine": here | {"gpu": "other"}})
     with pytest.raises(SpecGenError, match="played with gpu 'other'"):
         end_to_end.refuse_other_machine({"rows": [ALONE], "machine": here | {"gpu": "other"}})
