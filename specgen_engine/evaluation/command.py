@@ -104,7 +104,7 @@ async def _run(
     console: Console,
     profile: str,
 ) -> tuple[list[Judged], str]:
-    pool = LocalPool(workers=workers, device=device, limits=limits)
+    pool = LocalPool(workers=workers, device=device, limits=limits, build_slots=0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     options = {"profile": profile} if profile else {}
     pairs = [(workload, given) for workload in loaded.workloads for given in named]

@@ -1,4 +1,7 @@
-"""Entry of a worker process: python -m specgen_engine.evaluation.worker_main FD DEVICE CACHE SCRATCH LIMITS-JSON"""
+"""Entry of a worker process: python -m specgen_engine.evaluation.worker_main FD DEVICE CACHE SCRATCH LIMITS-JSON
+
+With a last argument `build` it is a builder (builder.py).
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ def main() -> None:
     import_for_children(device)
     import torch
 
+    from .builder import Builder
     from .worker import Link, Worker
 
     torch.set_num_threads(1)
@@ -42,7 +46,8 @@ def main() -> None:
         link.send({"fatal": "CUDA was initialised in the worker before it forked: its children can't use the GPU"})
         return
     try:
-        worker = Worker(link, device, EvaluationLimits(**json.loads(limits)), Path(cache), Path(scratch))
+        kind = Builder if sys.argv[6:] == ["build"] else Worker
+        worker = kind(link, device, EvaluationLimits(**json.loads(limits)), Path(cache), Path(scratch))
     except SandboxError as error:
         link.send({"fatal": str(error)})
         return

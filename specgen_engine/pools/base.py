@@ -111,13 +111,45 @@ class NoSlot(NamedTuple):
     why: str
 
 
-Event = SlotUp | SlotDown | Reached | Done | Switched | NoSlot
+class Built(NamedTuple):
+    """A builder is done with a job, or with what a cancelled one left.
+
+    message: the worker's last one when the candidate failed, else None.  learnt: whether its seconds tell how long such
+    builds take: not where it was cut off, or found built.
+    """
+
+    job: str
+    message: dict[str, Any] | None
+    learnt: bool
+
+
+class NoBuilder(NamedTuple):
+    """No builder can start: slots build."""
+
+    why: str
+
+
+Event = SlotUp | SlotDown | Reached | Done | Switched | NoSlot | Built | NoBuilder
+
+
+class Builds(Protocol):
+    """What a backend does that builds candidates beside its slots. build_slots: how many at once; 0: it doesn't."""
+
+    build_slots: int
+
+    def build(self, work: Work) -> None:
+        """Import the candidate, so that its library is in the cache. A Built follows."""
+        ...
+
+    def cancel_build(self, job: str) -> None:
+        """Kill what it runs; its Built follows."""
+        ...
 
 
 class Backend(Protocol):
     """Carries work to slots. Everything but close() returns at once; what happens is told as events, in order.
 
-    All of it is used from one event loop.
+    All of it is used from one event loop. One that is Builds too has builders.
     """
 
     def open(self, tell: Callable[[Event], None]) -> None:
@@ -177,10 +209,16 @@ class Lending(Protocol):
 
 
 def verdict_of(message: dict[str, Any], waited: dict[str, float]) -> Verdict:
-    """The verdict in a worker's message. waited: seconds in the pool's queue, to which those for the GPU are added."""
+    """The verdict in a worker's message. waited: seconds in the pool's queue, to which those for the GPU are added.
+
+    Of a candidate that a builder built, also its seconds as compile: the slot's own are added to them.
+    """
     told = dict(message)
     interval, status = told.pop("interval", None), Status(told.pop("status"))
     stages = waited | told.pop("stages")
+    if built_s := waited.get(Stage.COMPILE, 0.0):
+        stages[Stage.COMPILE] = round(built_s + message["stages"].get(Stage.COMPILE, 0.0), 4)
+        told["own_s"] = round(built_s + told.get("own_s", 0.0), 4)
     stages[Stage.QUEUED] = round(stages[Stage.QUEUED] + told.pop("waited", 0.0), 4)
     return Verdict(status=status, interval=tuple(interval) if interval else None, stages=stages, **told)
 

@@ -16,15 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..evaluation.base import Status, Verdict
+from ..evaluation.base import Stage, Status, Verdict
 from .accounting import Outcome
 from .base import (
     BUSY_STAGES,
     STAGES,
     Backend,
+    Built,
     Done,
     Event,
     JobStage,
+    NoBuilder,
     NoSlot,
     Reached,
     SlotDown,
@@ -34,6 +36,7 @@ from .base import (
     busy_seconds,
     verdict_of,
 )
+from .builds import BuildDesk
 from .job import Order, PoolJob, outcome_text
 from .journal import Journal
 from .ledger import Ledger
@@ -92,8 +95,10 @@ class Dispatcher:
     ) -> None:
         self.backend, self.strict, self.first_role = backend, strict, first_role
         self.config = config or PolicyConfig()
-        self.state: PolicyState = state or PoolState(self.config, place=self._place)
+        slots = getattr(backend, "build_slots", None) or None
+        self.state: PolicyState = state or PoolState(self.config, place=self._place, build_slots=slots)
         self.ledger = Ledger(journal or Journal.in_memory(), metrics)
+        self.builds = BuildDesk(self.state, backend)
         self.closing = False
         self.fault = ""
         self.life = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -123,7 +128,8 @@ class Dispatcher:
             case Reached(number, name, attempt, stage):
                 job = self._running(number, name, attempt)
                 if job is not None:
-                    job.advance(stage)
+                    if stage is not Stage.COMPILE or not job.built_s:
+                        job.advance(stage)
                     if stage in BUSY_STAGES and job.busy_since is None:
                         job.busy_since = time.monotonic()
             case Done(number, name, attempt, message):
@@ -132,6 +138,11 @@ class Dispatcher:
                     self._finished(number, job, message)
             case NoSlot(why):
                 self._give_up(why)
+            case Built():
+                self._built(event)
+            case NoBuilder(why):
+                log.warning("pool: C++ candidates are built by the workers that check them: %s", why)
+                self.builds.lost(self.ledger.jobs.values())
         self._decide()
 
     def _slot_up(self, event: SlotUp) -> None:
@@ -201,6 +212,25 @@ class Dispatcher:
         self.ledger.finish(job, value)
         self._forget_search(job.order.search)
 
+    def _built(self, event: Built) -> None:
+        """Its library is there, or it has failed: then that is its verdict."""
+        job = self.ledger.jobs.get(event.job)
+        if not self.builds.done(job, event) or job is None or event.message is None:
+            return
+        attempt = self.ledger.begin(job, f"{self.life}/builder")
+        self.state.cancel(job.id)
+        if attempt is None:
+            self._report(job, Status.CANCELLED, job.cancelled or "it was ended before it began")
+            return
+        job.attempt = attempt
+        try:
+            value = verdict_of(event.message["verdict"], job.waited())
+        except (KeyError, TypeError, ValueError) as error:
+            value = job.failed(Status.CRASH, f"the builder's answer cannot be read: {error!r}", self.ledger.device)
+        self.ledger.count(job, self.ledger.outcome_of(job, value))
+        self.ledger.finish(job, value)
+        self._forget_search(job.order.search)
+
     def _give_up(self, fault: str) -> None:
         """No slot can start: end what waits, start() raises."""
         self.fault = fault
@@ -223,6 +253,8 @@ class Dispatcher:
                 decision = self.state.decide(time.monotonic())
                 for view in decision.expired:
                     self._report(self.ledger.jobs[view.id], Status.TIMEOUT, "its deadline passed while it waited")
+                for view in decision.builds:
+                    self.builds.begin(self.ledger.jobs[view.id])
                 for assignment in decision.assignments:
                     self._assign(assignment)
         finally:
@@ -256,7 +288,7 @@ class Dispatcher:
 
     def _begin(self, number: int, slot: _Slot, job: PoolJob, assignment: Assignment) -> None:
         now = time.monotonic()
-        job.began, job.queued_s = now, now - job.submitted
+        job.began, job.queued_s = now, now - job.submitted - job.built_s
         attempt = self.ledger.begin(job, self._owner(number))
         if attempt is None or job.cancelled:
             slot.job = None
@@ -287,7 +319,7 @@ class Dispatcher:
         expected_s = self.state.expected_s(order.search, role, EXPECTED_S)
         view = JobView(
             name, order.search, role, now if since is None else since, expected_s,
-            order.fork, order.could_end, order.priority, deadline,
+            order.fork, order.could_end, order.priority, deadline, self.builds.kind(order),
         )  # fmt: skip
         return PoolJob(pool=self, id=name, order=order, view=view, submitted=now, tries=tries)
 
@@ -308,6 +340,7 @@ class Dispatcher:
             return
         if job.slot is None:
             self.state.cancel(job.id)
+            self.builds.cancel(job)
             self._report(job, Status.CANCELLED, why)
         elif not job.cancelled:
             job.cancelled = why
@@ -320,6 +353,7 @@ class Dispatcher:
             return
         if job.slot is None:
             self.state.cancel(job.id)
+            self.builds.cancel(job)
             self._report(job, Status.TIMEOUT, "its deadline passed while it waited")
         else:
             self.cancel(job, "its deadline passed while it ran")

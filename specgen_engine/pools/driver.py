@@ -188,11 +188,13 @@ class Driver(Dispatcher):
     def snapshot(self) -> dict[str, object]:
         roles, account = self.state.gpu_roles(), self.ledger.account
         busy = sum(slot.job is not None for slot in self._evaluators.values())
+        building = sum(job.build_began is not None for job in self.ledger.jobs.values())
         return {
             **self.backend.describe(),
             "ready": len(self._evaluators),
             "busy": busy,
-            "queued": len(self.ledger.jobs) - busy,
+            "queued": len(self.ledger.jobs) - busy - building,
+            "building": building,
             "finished": dict(self.ledger.done),
             "sandbox": self._sandbox,
             "roles": {role.value: sum(one is role for one in roles.values()) for role in Role},

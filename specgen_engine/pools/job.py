@@ -131,7 +131,10 @@ class JobHandle:
 
 @dataclass(eq=False, kw_only=True)
 class PoolJob(JobHandle):
-    """A job in the process that drives the pool. tries: attempts that died under it."""
+    """A job in the process that drives the pool. tries: attempts that died under it.
+
+    build_began: while a builder has it.  built_s: what that took.
+    """
 
     pool: Dispatcher
     view: JobView
@@ -144,6 +147,8 @@ class PoolJob(JobHandle):
     queued_s: float = 0.0
     began: float = 0.0
     busy_since: float | None = None
+    build_began: float | None = None
+    built_s: float = 0.0
 
     def cancel(self) -> None:
         """Queued: it ends now. Running: its processes are killed, the verdict follows within 200 ms."""
@@ -154,7 +159,11 @@ class PoolJob(JobHandle):
         return Verdict(candidate, status, reason, device=device, stages=self.waited())
 
     def waited(self) -> dict[str, float]:
-        return {Stage.QUEUED: round(self.queued_s or time.monotonic() - self.submitted, 4)}
+        queued_s = self.queued_s or time.monotonic() - self.submitted - self.built_s
+        stages: dict[str, float] = {Stage.QUEUED: round(queued_s, 4)}
+        if self.built_s:
+            stages[Stage.COMPILE] = round(self.built_s, 4)
+        return stages
 
 
 def _frozen(value: Any) -> Any:

@@ -136,6 +136,11 @@ class Ledger:
         late = bool(job.cancelled) or known is None or known.ended
         return Outcome.SUPERSEDED if late else Outcome.USEFUL
 
+    def count(self, job: PoolJob, outcome: Outcome) -> None:
+        """One that ended in its build: it took no GPU."""
+        if self.metrics is not None:
+            self.metrics.record(job.order.search, job.order.stage, outcome, 0.0)
+
     def charge(self, unit: str, job: PoolJob, outcome: Outcome, busy_s: float | None = None) -> None:
         """busy_s: as the worker measured it; for one that was cut off, since its first stage on the GPU."""
         if job.order.stage is JobStage.CHECK_TASK:

@@ -7,11 +7,9 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -25,12 +23,13 @@ from ..evaluation.limits import EvaluationLimits
 from .base import Done, Event, Lending, NoSlot, Reached, SlotDown, SlotUp, Switched, Work
 from .driver import Driver
 from .journal import Journal
+from .local_builder import BuilderProcess
+from .local_process import GRACE_S, LINE_BYTES, bury, start_process
 from .policy import PolicyConfig, Role
+from .policy_builds import builds_at_once
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 6.0
-LINE_BYTES = 16 << 20
 TIMING_LEASE_S = 30.0
 ROOM_BYTES = 4 << 30
 """Of a GPU's memory, that an evaluation finds free when it starts, where memory is lent."""
@@ -92,22 +91,12 @@ class WorkerProcess:
         finally:
             self.writer.close()
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(_bury, self.process, self.scratch)
+                await anyio.to_thread.run_sync(bury, self.process, self.scratch)
 
     def _spawn(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        self.scratch = Path(tempfile.mkdtemp(prefix="specgen-worker-"))
-        limits = json.dumps(self.backend.limits.to_dict())
-        command = [sys.executable, "-m", "specgen_engine.evaluation.worker_main", str(theirs.fileno()), self.device]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        return subprocess.Popen(
-            [*command, str(self.backend.cache), str(self.scratch), limits],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.backend.log,
-            env={**os.environ, **threads, "PYTHONPATH": _import_path()},
-            start_new_session=True,
-        )
+        backend = self.backend
+        process, self.scratch = start_process(theirs, self.device, backend.cache, backend.limits, backend.log)
+        return process
 
     def _take(self, message: dict) -> None:
         tell, work = self.backend.tell, self.work
@@ -202,6 +191,8 @@ class LocalBackend:
 
     unit: the name that their time is accounted to (default: the device's).
     lending: see base.Lending; room_bytes: what it is asked to make free.
+    build_slots: C++ builds at once beside the workers (base.Builds), 0: workers build; default: as this host's cores
+        carry.
     """
 
     def __init__(
@@ -214,6 +205,7 @@ class LocalBackend:
         lending: Lending | None = None,
         room_bytes: int = ROOM_BYTES,
         unit: str = "",
+        build_slots: int | None = None,
     ) -> None:
         for device in devices:
             name, _, number = device.partition(":")
@@ -230,6 +222,9 @@ class LocalBackend:
             WorkerProcess(self, device, unit or (f"cpu/{index}" if device == "cpu" else device))
             for index, device in enumerate(devices)
         ]
+        cores = len(os.sched_getaffinity(0))
+        self.build_slots = builds_at_once(cores) if build_slots is None else build_slots
+        self.builder = BuilderProcess(self)
         self.tell: Callable[[Event], None] = lambda event: None
         self._tasks: list[asyncio.Task[None]] = []
         self._ahead: asyncio.Task[None] | None = None
@@ -237,6 +232,14 @@ class LocalBackend:
     def open(self, tell: Callable[[Event], None]) -> None:
         self.tell = tell
         self._tasks = [asyncio.get_running_loop().create_task(place.run()) for place in self.places]
+        if self.build_slots and self.places[0].device != "cpu":
+            self.builder.start()  # else with the first build
+
+    def build(self, work: Work) -> None:
+        self.builder.build(work)
+
+    def cancel_build(self, job: str) -> None:
+        self.builder.cancel(job)
 
     def run(self, slot: int, work: Work) -> None:
         if slot in self.workers:
@@ -281,9 +284,10 @@ class LocalBackend:
 
     async def close(self) -> None:
         self.closing = True
-        for place in self.places:
-            if place.writer is not None:
-                place.writer.close()
+        for writer in (*(place.writer for place in self.places), self.builder.writer):
+            if writer is not None:
+                writer.close()
+        self._tasks += self.builder.tasks
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=GRACE_S + 2)
         for task in self._tasks:
@@ -314,13 +318,15 @@ class LocalPool(Driver):
         lending: Lending | None = None,
         journal: Journal | None = None,
         config: PolicyConfig | None = None,
+        build_slots: int | None = None,
         **driver: object,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: use at least 1")
         backend = LocalBackend(
-            tuple(devices) or tuple(device.split(",")) * workers, limits=limits, cache=cache, log=log, lending=lending
-        )
+            tuple(devices) or tuple(device.split(",")) * workers,
+            limits=limits, cache=cache, log=log, lending=lending, build_slots=build_slots,
+        )  # fmt: skip
         metrics = None
         if "prometheus_client" in sys.modules:  # else nobody reads them here
             from .metrics import process_metrics
@@ -348,18 +354,3 @@ def visible_gpus() -> int:
             pynvml.nvmlShutdown()
     except Exception:  # no such package, library or driver
         return 1 << 30
-
-
-def _bury(process: subprocess.Popen[bytes], scratch: Path) -> None:
-    """Let a worker whose socket is closed kill what it started; then make sure that it is gone."""
-    try:
-        process.wait(timeout=GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _import_path() -> str:
-    here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -86,6 +86,7 @@ class JobView(NamedTuple):
 
     fork: number of its fork in the search, growing.  could_end: a good result ends the reasoning.
     deadline: after it the job is reported, not run.  expected_s: GPU-seconds it should take.
+    builds: kind of the C++ build that comes first ("" for none): its seconds are known by kind (policy_builds.py).
     """
 
     id: str
@@ -97,6 +98,7 @@ class JobView(NamedTuple):
     could_end: bool = False
     priority: float = 0.0
     deadline: float | None = None
+    builds: str = ""
 
 
 class GpuView(NamedTuple):

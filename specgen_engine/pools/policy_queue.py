@@ -76,10 +76,11 @@ class FairQueue:
         line = self._lines.setdefault(job.search, _Line())
         if job.could_end:
             heapq.heappush(line.ends, (-job.priority, job.expected_s, self._numbers, job))
-        elif line.forks and job.submitted < line.forks[0].submitted:  # one that is retried
-            line.forks.appendleft(job)
         else:
-            line.forks.append(job)
+            place = len(line.forks)
+            while place and job.submitted < line.forks[place - 1].submitted:  # one that is retried, or was built
+                place -= 1
+            line.forks.insert(place, job)
         self.refresh(job.search)
 
     def pop(self, *, fair: bool) -> JobView | None:

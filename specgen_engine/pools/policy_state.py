@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 from .policy import (
     NEVER,
@@ -24,41 +23,12 @@ from .policy import (
     should_switch,
     starts_per_s,
 )
+from .policy_builds import BuildLine
+from .policy_decision import Assignment, Cancelled, Decision, Snapshot
 from .policy_queue import FairQueue, SearchState
 
 MOST_PLACES = 64
 """Idle GPUs that place() may choose from, so that a decision costs the same in a large pool."""
-
-
-class Assignment(NamedTuple):
-    """What a GPU does next. switch: it changes to role first.  job: None when it only changes roles.
-
-    quiet_s: for how long KV copies must leave its memory alone, from the job's start; 0 for none.
-    """
-
-    gpu: int
-    role: Role
-    job: JobView | None
-    switch: bool
-    quiet_s: float
-
-
-class Decision(NamedTuple):
-    """assignments: to carry out now.  expired: jobs whose deadline passed while they waited, to be reported.
-
-    wake_at: decide again then, though nothing else happens; None when only an event can change the decision.
-    """
-
-    assignments: tuple[Assignment, ...]
-    expired: tuple[JobView, ...]
-    wake_at: float | None
-
-
-class Cancelled(NamedTuple):
-    """queued: job ids that are out of the queues.  running: GPU indices whose job the pool must kill and release."""
-
-    queued: tuple[str, ...]
-    running: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -70,22 +40,6 @@ class _Gpu:
     coming: bool = False
 
 
-class Snapshot(NamedTuple):
-    """A whole pool at one moment. gpus: the idle ones.  busy: GPUs at work, by role.
-
-    searches: (name, weight, attained_s) each.
-    arrival_per_s, service_s: estimates by role.
-    """
-
-    now: float
-    gpus: tuple[GpuView, ...]
-    busy: dict[Role, int]
-    jobs: tuple[JobView, ...]
-    searches: tuple[tuple[str, float, float], ...]
-    arrival_per_s: dict[Role, float]
-    service_s: dict[Role, float]
-
-
 class PoolState:
     """Queues, estimates, GPUs and searches of one pool, and what to do next with them.
 
@@ -93,10 +47,15 @@ class PoolState:
     ValueError naming what it got when a GPU, job or search is unknown or known already; the state is then unchanged.
 
     place: which of some idle GPUs of the right role suits a job best, None for no preference.
+    build_slots: as BuildLine has them.
     """
 
     def __init__(
-        self, config: PolicyConfig | None = None, *, place: Callable[[JobView, list[int]], int | None] | None = None
+        self,
+        config: PolicyConfig | None = None,
+        *,
+        place: Callable[[JobView, list[int]], int | None] | None = None,
+        build_slots: int | None = None,
     ) -> None:
         self.config, self._place = config or PolicyConfig(), place
         self.searches: dict[str, SearchState] = {}
@@ -113,6 +72,8 @@ class PoolState:
         self._running: dict[str, int] = {}
         self._deadlines: list[tuple[float, str, Role]] = []
         self._floor = 0.0
+        self.builds = BuildLine(build_slots)
+        self._quick = Rate()  # arrivals of jobs without a build
 
     def add_gpu(self, index: int, role: Role, switched: float = NEVER, *, idle: bool = True) -> None:
         """idle: False for one that still starts, or works on a job of an earlier life; release it when it is ready."""
@@ -132,6 +93,7 @@ class PoolState:
         self._idle[gpu.role].pop(index, None)
         self._movable[gpu.role].pop(index, None)
         if gpu.job is not None:
+            self.builds.leave(gpu.job.id)
             del self._running[gpu.job.id]
             state = self.searches[gpu.job.search]
             state.running -= 1
@@ -149,7 +111,7 @@ class PoolState:
         state = self.searches.get(job.search)
         if state is None:
             raise ValueError(f"search={job.search!r}: the pool does not know it; add it first")
-        if job.id in self._running or any(job.id in queue.jobs for queue in self.queues.values()):
+        if job.id in self._running or self._queued(job.id):
             raise ValueError(f"job={job.id!r}: it is in the pool already")
         if job.deadline is not None and job.deadline <= now:
             raise ValueError(f"deadline={job.deadline}: it has passed")
@@ -162,7 +124,32 @@ class PoolState:
             self._service[job.role] = job.expected_s
         if job.deadline is not None:
             heapq.heappush(self._deadlines, (job.deadline, job.id, job.role))
-        self.queues[job.role].push(job)
+        if job.builds:
+            self.builds.waiting[job.id] = job
+        else:
+            self._quick = self._quick.seen(now, self.config.rate_tau_s)
+            self.queues[job.role].push(job)
+
+    def built(self, job_id: str, seconds: float | None) -> JobView | None:
+        """A builder is done with a job, which waits for a slot now: returns it, None when it was cancelled meanwhile.
+
+        seconds: None where they say nothing of its kind.
+        """
+        job = self.builds.built(job_id, seconds)
+        if job is not None:
+            job = job._replace(builds="")
+            self.queues[job.role].push(job)
+        return job
+
+    def lose_builders(self) -> None:
+        """There are no builders any more: their jobs are built in the slots, from the start."""
+        for job in list(self.builds.building.values()):
+            del self.builds.building[job.id]
+            self.builds.waiting[job.id] = job
+        self.builds.lose_builders()
+
+    def _queued(self, job_id: str) -> bool:
+        return job_id in self.builds or any(job_id in queue.jobs for queue in self.queues.values())
 
     def expected_s(self, search: str, role: Role, default: float) -> float:
         """Estimate for the search's next job: its own history, else the role's, else default."""
@@ -181,6 +168,7 @@ class PoolState:
         job, gpu.job = gpu.job, None
         if job is None:
             return None
+        self.builds.leave(job.id)
         del self._running[job.id]
         state = self.searches[job.search]
         state.running -= 1
@@ -193,9 +181,9 @@ class PoolState:
 
     def cancel(self, job_id: str) -> Cancelled:
         """Unknown ids cancel nothing: the job may just have finished."""
-        for queue in self.queues.values():
-            job = queue.remove(job_id)
+        for job in (self.builds.cancel(job_id), *(queue.remove(job_id) for queue in self.queues.values())):
             if job is not None:
+                self.builds.leave(job_id)
                 self.searches[job.search].waiting -= 1
                 return Cancelled((job_id,), ())
         return Cancelled((), (self._running[job_id],) if job_id in self._running else ())
@@ -205,6 +193,7 @@ class PoolState:
         if search not in self.searches:
             raise ValueError(f"search={search!r}: the pool does not know it")
         queued = [job.id for queue in self.queues.values() for job in queue.of_search(search)]
+        queued += [job.id for job in self.builds if job.search == search]
         for job_id in queued:
             self.cancel(job_id)
         running = [index for index in self._running.values() if self._job(index).search == search]
@@ -255,6 +244,7 @@ class PoolState:
         """Give jobs to idle GPUs. Afterwards a GPU idles beside waiting work only where the switching rules say so."""
         self._wake(now)
         expired = tuple(self._expire(now))
+        builds = tuple(self._build(now))
         assignments: list[Assignment] = []
         for role in (Role.PROFILE, Role.VALIDATE):
             while self._idle[role] and len(self.queues[role]):
@@ -263,10 +253,20 @@ class PoolState:
             self._lend(role, now, assignments)
         waiting = any(len(queue) for queue in self.queues.values())
         wake_at = self._dwelling[0][0] if waiting and self._dwelling else None
-        return Decision(tuple(assignments), expired, wake_at)
+        return Decision(tuple(assignments), expired, wake_at, builds)
 
     def gpu_roles(self) -> dict[int, Role]:
         return {index: gpu.role for index, gpu in self._gpus.items()}
+
+    def _build(self, now: float) -> Iterator[JobView]:
+        """Builds that begin now. Where there are no builders their jobs go to the slots' queues, so many at once."""
+        quick_per_s = self._quick.at_time(now, self.config.rate_tau_s)
+        while self.builds.waiting and self.builds.free(len(self._gpus), quick_per_s) > 0:
+            job = self.builds.begin()
+            if self.builds.slots is None:
+                self.queues[job.role].push(job)
+            else:
+                yield job
 
     def _serve(self, role: Role, now: float) -> Assignment:
         """One idle GPU of a role that has work: usually the next job, or a switch to the other role."""
@@ -359,8 +359,9 @@ class PoolState:
     def _expire(self, now: float) -> Iterator[JobView]:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, job_id, role = heapq.heappop(self._deadlines)
-            job = self.queues[role].remove(job_id)
+            job = self.queues[role].remove(job_id) or self.builds.waiting.pop(job_id, None)
             if job is not None:
+                self.builds.leave(job_id)
                 self.searches[job.search].waiting -= 1
                 yield job
 
@@ -377,8 +378,9 @@ class PoolState:
             assert set(self._movable[role]) <= set(self._idle[role]), f"{role}: movable GPUs that are not idle"
         at_work = {gpu.job.id: index for index, gpu in self._gpus.items() if gpu.job is not None}
         assert at_work == self._running, f"running: {self._running} noted, {at_work} at work"
+        lines: list[Iterable[JobView]] = [*self.queues.values(), self.builds]
         for name, state in self.searches.items():
-            waiting = sum(job.search == name for queue in self.queues.values() for job in queue)
+            waiting = sum(job.search == name for line in lines for job in line)
             running = sum(self._job(index).search == name for index in at_work.values())
             assert (state.waiting, state.running) == (waiting, running), (
                 f"{name}: {state}, {waiting} wait, {running} run"

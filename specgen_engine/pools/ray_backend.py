@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..evaluation.limits import EvaluationLimits
-from .base import Event, NoSlot, SlotDown, SlotUp, Work
+from .base import Done, Event, NoSlot, Reached, SlotDown, SlotUp, Switched, Work
 from .local import LocalBackend
 from .policy import Role
 
@@ -64,7 +64,7 @@ class Supervisor:
         devices = ("cuda:0",) * options.workers if gpu else ("cpu",)  # Ray shows the actor only its own GPU
         self._lending = _lend(devices[0], unit, options) if options.lend else None
         self._backend = LocalBackend(
-            devices, limits=options.limits, cache=options.cache, unit=unit, lending=self._lending
+            devices, limits=options.limits, cache=options.cache, unit=unit, lending=self._lending, build_slots=0
         )
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.roles: dict[int, Role] = {}
@@ -191,7 +191,7 @@ class RayBackend:
             number = unit.slots[event.slot] = next(self._numbers)
             self._places[number] = unit, event.slot
             self.tell(event._replace(slot=number))
-        elif event.slot in unit.slots:
+        elif isinstance(event, (SlotDown, Reached, Done, Switched)) and event.slot in unit.slots:
             number = unit.slots[event.slot]
             if isinstance(event, SlotDown):
                 self.restarts += 1
