@@ -5,7 +5,7 @@
 Shows that every job gets its verdict, that no process is left, that the next job after a hang runs soon, and (on a
 GPU) that its memory is what it was. After S seconds none is begun any more; the report says how many were. What is
 killed from outside is any process of any worker's, so with several workers an honest candidate's is, too: it is to be
-judged again, which the report counts.
+judged again, which the report counts. --faults kill,hang draws from these alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import psutil
 
 from bench.machine import new_report, write_report
 from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
+from specgen_engine.evaluation.gpulock import name_of_gpu
 from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.evaluation.warm import SOURCE
 from specgen_engine.pools.local import LocalPool
@@ -100,15 +101,16 @@ async def storm(
     kill_workers: bool,
     seconds: float = math.inf,
     told: Callable[[Seen], None] = lambda seen: None,
+    kinds: Sequence[str] = tuple(FAULTS),
 ) -> Seen:
-    """Submit count evaluations, at_once at a time; what each fifth does wrong is drawn with the seed."""
+    """Submit count evaluations, at_once at a time; what each fifth does wrong, one of kinds, is drawn with the seed."""
     rng = random.Random(seed)
     seen = Seen(told=told)
     hung_at: dict[str, float] = {}
     ends = time.monotonic() + seconds
     device_is_taken = Stage.CHECK if at_once == 1 else Stage.TIME
     room = asyncio.Semaphore(at_once)
-    faults = [rng.choice(list(FAULTS)) if number % 5 == 4 else "" for number in range(count)]
+    faults = [rng.choice(kinds) if number % 5 == 4 else "" for number in range(count)]
 
     async def one(number: int, fault: str) -> None:
         async with room:
@@ -199,10 +201,10 @@ def left_over(folder: Path, patience_s: float = 5.0) -> list[str]:
 
 
 def gpu_memory_mib(device: str) -> int | None:
+    """In use on a device, by anybody."""
     if not device.startswith("cuda"):
         return None
-    index = device.partition(":")[2] or "0"
-    query = ["nvidia-smi", "-i", index, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "-i", name_of_gpu(device), "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip())
 
 
@@ -215,6 +217,7 @@ def measure(
     kill_workers: bool = True,
     seconds: float = math.inf,
     told: Callable[[Seen], None] = lambda seen: None,
+    kinds: Sequence[str] = tuple(FAULTS),
 ) -> dict[str, Any]:
     """The whole of it, in a folder of its own; asserts nothing."""
     limits = EvaluationLimits(
@@ -228,7 +231,7 @@ def measure(
         before, known = gpu_memory_mib(device), tempfile.tempdir
         tempfile.tempdir = name
         try:
-            running = _run(count, device, workers, seed, limits, kill_workers, Path(name), seconds, told)
+            running = _run(count, device, workers, seed, limits, kill_workers, Path(name), seconds, told, kinds)
             seen, spent, restarts = asyncio.run(running)
         finally:
             tempfile.tempdir = known
@@ -258,12 +261,13 @@ async def _run(
     folder: Path,
     seconds: float,
     told: Callable[[Seen], None],
+    kinds: Sequence[str],
 ) -> tuple[Seen, float, int]:
     pool = LocalPool(workers=workers, device=device, limits=limits, cache=folder / "builds")
     await pool.start()
     start = time.monotonic()
     try:
-        seen = await storm(pool, count, seed, workers, kill_workers, seconds, told)
+        seen = await storm(pool, count, seed, workers, kill_workers, seconds, told, kinds)
         return seen, time.monotonic() - start, int(str(pool.snapshot()["restarts"]))
     finally:
         await pool.close()
@@ -281,13 +285,19 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="none is begun after so long")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="those that are drawn from (all)")
     args = parser.parse_args()
+    kinds = args.faults.split(",")
+    if unknown := sorted(set(kinds) - set(FAULTS)):
+        parser.error(f"--faults={args.faults}: {unknown[0]!r} is none of {', '.join(FAULTS)}")
     report = new_report("specgen.storm/1", args.seed, "bench.evaluation_storm")
 
     def save(seen: Seen) -> None:
         write_report(args.json, report | {"cut_off": True, "begun": seen.begun, "verdicts": dict(seen.statuses)})
 
-    found = measure(args.evaluations, args.device, args.workers, args.seed, seconds=args.seconds, told=save)
+    found = measure(
+        args.evaluations, args.device, args.workers, args.seed, seconds=args.seconds, told=save, kinds=kinds
+    )
     write_report(args.json, report | {"device": args.device} | found)
     print(found)
     return int(bool(found["lost_jobs"] or found["processes_left"]))

@@ -79,10 +79,14 @@ def lock_file(device: str, lock: str) -> int:
     """An open descriptor of a device's lock file, the same file for all processes of this user; device: cpu, cuda:N."""
     if device == "cpu":
         return _open(Path(tempfile.gettempdir()) / f"specgen-cpu-{os.getuid()}.{lock}")
+    return _open(Path(tempfile.gettempdir()) / f"specgen-gpu-{name_of_gpu(device)}-{os.getuid()}.{lock}")
+
+
+def name_of_gpu(device: str) -> str:
+    """As the driver knows cuda:N, which counts what CUDA_VISIBLE_DEVICES leaves: an index or a UUID."""
     index = device.partition(":")[2] or "0"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    name = visible.split(",")[int(index)].strip() if visible and int(index) < len(visible.split(",")) else index
-    return _open(Path(tempfile.gettempdir()) / f"specgen-gpu-{name}-{os.getuid()}.{lock}")
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[int(index)] if int(index) < len(visible) else index
 
 
 def _open(path: Path) -> int:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .gpulock import name_of_gpu
+
 PATIENCE_S = 0.05
 START_S = 5.0
 _THROTTLED = {0x4: "power cap", 0x8: "hardware", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
@@ -84,8 +86,7 @@ def _handle(index: int) -> Any:
     import pynvml
 
     pynvml.nvmlInit()
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    name = visible[index] if index < len(visible) else str(index)
+    name = name_of_gpu(f"cuda:{index}")
     if name.isdigit():
         return pynvml.nvmlDeviceGetHandleByIndex(int(name))
     return pynvml.nvmlDeviceGetHandleByUUID(name.encode())

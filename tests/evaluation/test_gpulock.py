@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specgen_engine.evaluation.gpulock import GpuTurn
+from specgen_engine.evaluation.gpulock import GpuTurn, name_of_gpu
 
 DEVICE = "cuda:77"
 
@@ -50,3 +50,23 @@ def test_who_waits_to_time_goes_before_newcomers() -> None:
     second.alone()  # the newcomer holds nothing that it needs
     second.close()
     newcomer.share()
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "name"),
+    [
+        (None, "cuda:1", "1"),
+        ("", "cuda", "0"),
+        ("1", "cuda:0", "1"),
+        ("3, 2", "cuda:1", "2"),
+        ("GPU-4f1a", "cuda:0", "GPU-4f1a"),
+        ("1", "cuda:5", "5"),
+    ],
+)
+def test_a_gpu_has_one_name_however_it_is_counted(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str, name: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert name_of_gpu(device) == name
