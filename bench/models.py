@@ -2,10 +2,10 @@
 
     python -m bench.models --json F --logs DIR --cases glm5-small:plain glm5-small:mtp@1 deepseek-v4-small:plain@1
 
-A case is MODEL:MODE[@GPU]; modes: plain, fp8, mtp, mtp-accepted, tp2, tp2-mtp, tier. All servers start at once; what is
-timed runs alone, the other checks side by side, in the order of --steps. Real widths, few layers and experts, random
-weights that a token's whole context shows in (specgen_engine/models/weights.py). `--cases tiny:plain tiny:tier`
-rehearses all of it on a CPU.
+A case is MODEL:MODE[@GPU]; modes: plain, invariant, fp8, mtp, mtp-accepted, tp2, tp2-mtp, tier. All servers start at
+once; what is timed runs alone, the other checks side by side, in the order of --steps. Real widths, few layers and
+experts, random weights that a token's whole context shows in (specgen_engine/models/weights.py).
+`--cases tiny:plain tiny:tier` rehearses all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def smoke(running: Running) -> dict[str, Any]:
 
 
 def applies(step: str, case: Case) -> bool:
-    """Restores are the tier's; speed beside forks is measured without it."""
-    return {"restores": case.mode == "tier", "slowdown": case.mode != "tier"}.get(step, True)
+    """Restores are the tier's; speed beside forks is measured without it and without slower operators."""
+    return {"restores": case.mode == "tier", "slowdown": case.mode not in ("tier", "invariant")}.get(step, True)
 
 
 def check(running: Running, at: int, seed: int, report: Report, turns: Turns) -> None:

@@ -70,7 +70,8 @@ def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
     client.flush()
     records = search_all(client, seed, shape)
     forks = forks_of(records)
-    cached = by_base(client, forks, [fork.input_ids for fork in forks])
+    inputs = [fork.input_ids for fork in forks]
+    cached = by_base(client, forks, inputs)
     order = [at for offset in range(shape.forks) for at in range(offset, len(forks), shape.forks)]
     asked = [(fork.input_ids, len(fork.output_ids)) for fork in forks]
     fresh = from_empty_cache(client, asked, order, shape.bases)
@@ -83,13 +84,16 @@ def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
         "skipped": sum(record["forks_skipped"] for record in records),
         "compared": sum(one.cached < 64 for one in fresh),
         "equal": sum(fork.output_ids == one.ids for fork, one in zip(forks, fresh, strict=True)),
-        **agreement(cached, fresh),
+        **agreement(cached, fresh, inputs),
         "first_token_equal": sum(fork.output_ids[0] == one.ids[0] for fork, one in zip(forks, fresh, strict=True)),
         "reused_share": sum(fork.reused for fork in forks) / sum(fork.whole for fork in forks),
         "reused_mean": statistics.mean(fork.reused for fork in forks),
         "rounded_off_mean": statistics.mean(lost),
         "rounded_off_max": max(lost),
-        "control": {"equal": sum(a.ids == b.ids for a, b in zip(fresh, again, strict=True)), **agreement(fresh, again)},
+        "control": {
+            "equal": sum(a.ids == b.ids for a, b in zip(fresh, again, strict=True)),
+            **agreement(fresh, again, inputs),
+        },
         "reuse_prefilled": reuse_prefilled(client, forks, fresh),
         "sensitivity": sensitivity(client, [forks[at].input_ids for at in range(0, len(forks), shape.forks)]),
         **check_bases(client, records, forks, order, shape.bases),
@@ -146,8 +150,9 @@ def reuse_prefilled(client: Client, forks: Sequence[Fork], fresh: Sequence[Gener
     client.flush()
     for fork in sorted(forks, key=lambda fork: (fork.base, fork.reused)):
         client.generate(fork.input_ids[: fork.reused + 1], 1)
-    found = by_base(client, forks, [fork.input_ids for fork in forks])
-    return {**agreement(found, fresh), "reused_mean": statistics.mean(one.cached for one in found)}
+    inputs = [fork.input_ids for fork in forks]
+    found = by_base(client, forks, inputs)
+    return {**agreement(found, fresh, inputs), "reused_mean": statistics.mean(one.cached for one in found)}
 
 
 def reuse_decoded(
@@ -164,11 +169,16 @@ def reuse_decoded(
     ]
     found = by_base(client, forks, inputs)
     fresh = from_empty_cache(client, [(ids, 1) for ids in inputs], order, at_once)
-    return {**agreement(found, fresh), "reused_mean": statistics.mean(one.cached for one in found)}
+    return {**agreement(found, fresh, inputs), "reused_mean": statistics.mean(one.cached for one in found)}
 
 
-def agreement(first: Sequence[Generated], second: Sequence[Generated]) -> dict[str, Any]:
-    """How far two computations of the same inputs are apart in their first token."""
+def agreement(
+    first: Sequence[Generated], second: Sequence[Generated], inputs: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """How far two computations of the same inputs are apart in their first token.
+
+    `outside`: the lengths of those too far apart. GLM-5 attends to 2,048 tokens and chooses them in longer inputs only.
+    """
     away = [_away(a, b) for a, b in zip(first, second, strict=True)]
     return {
         "inputs": len(away),
@@ -176,6 +186,7 @@ def agreement(first: Sequence[Generated], second: Sequence[Generated]) -> dict[s
         "logprob_within": sum(one <= TOLERANCE for one in away),
         "logprob_max": max(away),
         "logprob_median": statistics.median(away),
+        "outside": sorted(len(ids) for ids, one in zip(inputs, away, strict=True) if one > TOLERANCE),
     }
 
 

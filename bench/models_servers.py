@@ -14,6 +14,7 @@ from bench.kv_tier_servers import LenderProcess, gpu_beside
 from bench.kv_tier_servers import lender as lender_process
 from bench.models_client import Client
 from specgen_engine.errors import SpecGenError
+from specgen_engine.models import invariant
 from specgen_engine.models.base import Facts, facts_of, server_arguments
 from specgen_engine.models.folders import write_folder
 from specgen_engine.models.weights import SCALED, SWITCH
@@ -21,8 +22,8 @@ from specgen_engine.modes import TRY
 from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import running_server
 
-Mode = Literal["plain", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier"]
-MODES: tuple[Mode, ...] = ("plain", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier")
+Mode = Literal["plain", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier"]
+MODES: tuple[Mode, ...] = ("plain", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier")
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
     *("--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", "24"),
@@ -138,5 +139,5 @@ def is_strict(case: Case) -> bool:
 
 def environment_of(facts: Facts, case: Case) -> Mapping[str, str]:
     strict = {STRICT: "1"} if is_strict(case) else {}
-    accepted = ACCEPTED if case.mode == "mtp-accepted" else {}
-    return {**facts.environment, **strict, **accepted, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}
+    of_mode = {"mtp-accepted": ACCEPTED, "invariant": invariant.ENVIRONMENT}.get(case.mode, {})
+    return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}

@@ -9,7 +9,7 @@ set -u
 OUT=${OUT:-models_results}
 CARRY=${CARRY:-build/carry_models}
 SITE=${SITE:-site}
-CASES=${CASES:-deepseek-v4-small:tier@0 glm5-small:tier@0 deepseek-v4-small:plain@0 deepseek-v4-small:mtp-accepted@0 glm5-small:mtp-accepted@0}
+CASES=${CASES:-deepseek-v4-small:tier@0 glm5-small:tier@0 deepseek-v4-small:plain@0 glm5-small:invariant@0 deepseek-v4-small:mtp-accepted@0 glm5-small:mtp-accepted@0}
 STEPS=${STEPS:-smoke restores forks storm slowdown}
 [ -z "${WARM:-}" ] || STEPS=smoke
 BUDGET_S=${BUDGET_S:-285}

@@ -15,7 +15,9 @@ from bench.models_client import Generated
 from bench.models_forks import Fork, reuse_decoded, reuse_prefilled
 from bench.models_load import slowdown_of
 from bench.models_merge import merge
+from bench.models_servers import case_of, environment_of
 from bench.models_turns import TIMED, TimeIsOver, Turn, Turns, may_start
+from specgen_engine.models.base import facts_of
 
 STEPS = ("smoke", "restores", "forks", "storm", "slowdown")
 
@@ -139,6 +141,7 @@ def test_the_controls_see_what_reusing_an_ordinary_prefix_does(error: float, wit
     row = reuse_prefilled(engine, FORKS, fresh)
     assert engine.asked[:3] == [[1, 2, 3, 90], [1, 2, 3, 4, 5], [6, 8, 9]], "prefixes first, a base's shortest first"
     assert (row["logprob_within"], row["first_token_equal"]) == (within, 3)
+    assert row["outside"] == ([4, 5, 7] if error else [])
 
     engine = Engine(error)
     said = [[33, 44, 55, 66], [88, 99]]
@@ -148,3 +151,16 @@ def test_the_controls_see_what_reusing_an_ordinary_prefix_does(error: float, wit
     assert sorted(engine.asked[:3]) == own, "the base's own words"
     assert row["logprob_within"] == within + (error > 0), "one of them found no prefix"
     assert row["reused_mean"] == pytest.approx((5 + 0 + 3) / 3)
+
+
+def test_modes_that_need_sglangs_switches_set_those_it_has() -> None:
+    from sglang.srt.environ import envs
+
+    facts = facts_of("glm5-small")
+    plain = environment_of(facts, case_of("glm5-small:plain"))
+    accepted = environment_of(facts, case_of("glm5-small:mtp-accepted@1"))
+    assert accepted["SGLANG_SIMULATE_ACC_LEN"] == "3"
+    assert accepted["SGLANG_SIMULATE_ACC_TOKEN_MODE"] == "real-draft-token"
+    assert not [name for name in plain if "SIMULATE" in name or "INVARIANT" in name or "STRICT" in name]
+    assert all(hasattr(envs, name) for name in accepted if "SIMULATE" in name or "STRICT" in name)
+    assert environment_of(facts, case_of("glm5-small:invariant"))["SPECGEN_BATCH_INVARIANT"] == "1"

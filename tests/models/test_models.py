@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specgen_engine.controller.thinking import style_of
-from specgen_engine.models import mhc, weights
+from specgen_engine.models import invariant, mhc, weights
 from specgen_engine.models.base import MODELS, Facts, UnknownModel, facts_of, server_arguments
 from specgen_engine.models.folders import write_folder
 from specgen_engine.scheduler.boundary import Layout, key_tokens, publishable, round_down
@@ -161,3 +161,18 @@ def test_a_fork_point_of_a_windowed_tree_is_published_by_whole_pages(monkeypatch
     req.kv.swa_evicted_seqlen = 1_024
     assert insert_fork_point(req, 799, tree) == 768
     assert len(published) == 2
+
+
+def test_batch_invariant_operators_are_sglangs_switch_and_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.arg_groups.arg_utils import namespace_of
+    from sglang.srt.server_args import ServerArgs
+
+    written: dict[str, bool] = {}
+    context = SimpleNamespace(override=lambda _source, **fields: written.update(fields))
+    monkeypatch.setattr(runtime_context, "get_context", lambda: context)
+    weights.initialize(lambda _model: None, Small())
+    assert not written
+    monkeypatch.setenv(invariant.SWITCH, "1")
+    weights.initialize(lambda _model: None, Small())
+    assert written.keys() == {"enable_deterministic_inference"} <= namespace_of(ServerArgs).keys()
