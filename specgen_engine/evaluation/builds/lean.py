@@ -1,0 +1,37 @@
+"""A C++ extension compiles in a fraction of the time when it reads fewer of torch's headers.
+
+`torch/extension.h` is 16 MB of text after preprocessing, which g++ reads once and nvcc three times; what a kernel's
+host code needs of it is half of that. `include/` has those few of torch's headers that pull in the rest, with
+PyTorch's own per-operator headers in their place; a compiler finds them first (CPATH comes before -isystem).
+`bin/ninja` stands before the real one on PATH, builds with them, and where a source needs more, builds again with
+torch's own. What is compiled from a source is the same either way. SPECGEN_FULL_HEADERS=1 switches this off.
+
+Measured (nvcc 13.0, torch 2.11): docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+HEADERS, PROGRAMS = FOLDER / "include", FOLDER / "bin"
+SWITCH = "SPECGEN_FULL_HEADERS"
+
+
+def environment() -> dict[str, str]:
+    """For a process that builds with torch's load_inline; empty where switched off, or where there is no ninja."""
+    path = os.environ.get("PATH", os.defpath)
+    ninja = shutil.which("ninja", path=_without(path, PROGRAMS))
+    if os.environ.get(SWITCH) == "1" or ninja is None or not os.access(PROGRAMS / "ninja", os.X_OK):
+        return {}
+    return {
+        "PATH": os.pathsep.join((str(PROGRAMS), path)),
+        "SPECGEN_NINJA": ninja,
+        "SPECGEN_LEAN_HEADERS": str(HEADERS),
+    }
+
+
+def _without(path: str, folder: Path) -> str:
+    return os.pathsep.join(entry for entry in path.split(os.pathsep) if Path(entry) != folder)

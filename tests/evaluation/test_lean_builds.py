@@ -1,0 +1,119 @@
+"""C++ candidates are built with lean headers first, and with torch's own where those lack a name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.utils.cpp_extension as extension
+
+from specgen_engine.evaluation.base import Status
+from specgen_engine.evaluation.builds import lean
+from specgen_engine.kv.toolchain import find_nvcc
+
+from .conftest import module
+
+CALLS = """#!/bin/sh
+echo "$CPATH|$*" >>calls
+[ -z "$CPATH" ] || {{ printf '%s\\n' "{lean}"; exit {code}; }}
+echo torch\\'s own
+exit 3
+"""
+WORDS = {
+    "built": ("[2/2] done", 0, 1),
+    "g++ misses a member": ("a.cpp:3:5: error: 'nn' is not a member of 'torch'", 1, 2),
+    "g++ misses a name": ("a.cpp:3:5: error: 'einsum' was not declared in this scope", 1, 2),
+    "nvcc misses a member": ('a.cu(3): error: namespace \\"torch\\" has no member \\"nn\\"', 1, 2),
+    "nvcc misses a name": ('a.cu(3): error: identifier \\"einsum\\" is undefined', 1, 2),
+    "a syntax error": ('a.cu(3): error: expected a \\";\\"', 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_only_a_missing_name_is_tried_again(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, code, calls = WORDS[name]
+    real = tmp_path / "ninja"
+    real.write_text(CALLS.format(lean=said, code=code))
+    real.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    environment = {**os.environ, **lean.environment()}
+    done = subprocess.run(
+        ["ninja", "-v"], env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = (tmp_path / "calls").read_text().splitlines()
+    assert log == [f"{lean.HEADERS}|-v", "|-v"][:calls]
+    assert done.returncode == (code if calls == 1 else 3)
+    assert done.stdout.strip() == (said.replace("\\", "") if calls == 1 else "torch's own")
+
+
+def test_it_stands_before_the_real_one_once_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lean.environment()
+    monkeypatch.setenv("PATH", first["PATH"])
+    assert lean.environment()["SPECGEN_NINJA"] == first["SPECGEN_NINJA"] != str(lean.PROGRAMS / "ninja")
+    version = subprocess.run(["ninja", "--version"], env={**os.environ, **first}, capture_output=True, text=True)
+    assert version.stdout.startswith("1."), version
+    monkeypatch.setenv(lean.SWITCH, "1")
+    assert lean.environment() == {}
+
+
+INLINE = """
+from torch.utils.cpp_extension import load_inline
+built = load_inline(name="{name}", cpp_sources=r\"\"\"
+{first}
+torch::Tensor f(torch::Tensor x, torch::Tensor weight) {{
+    TORCH_CHECK(x.is_contiguous());
+    auto y = torch::empty_like(x);
+    y.copy_({call});
+    return y.mul_(weight);
+}}
+\"\"\", functions=["f"])
+"""
+FORWARD = "return built.f(x.contiguous(), self.weight)"
+
+
+def test_a_candidate_in_its_sandbox_is_built_lean(judge) -> None:
+    only_lean = "#ifndef AT_PER_OPERATOR_HEADERS\n#error these are all of torch's headers\n#endif"
+    top = INLINE.format(name="lean_one", first=only_lean, call="torch::softmax(x, -1)")
+    verdict = judge(module(FORWARD, top=top))
+    assert verdict.status is Status.CORRECT, verdict
+
+
+@pytest.mark.slow  # torch's own headers are 20 s of g++
+def test_a_candidate_that_needs_more_is_built_with_torch_s_own(judge) -> None:
+    softmax = "torch::nn::functional::softmax(x, torch::nn::functional::SoftmaxFuncOptions(-1))"
+    verdict = judge(module(FORWARD, top=INLINE.format(name="lean_not", first="", call=softmax)))
+    assert verdict.status is Status.CORRECT, verdict
+
+
+KERNEL = """#include <torch/extension.h>
+__global__ void twice(const float* x, float* y, long n) {
+    const long at = blockIdx.x * 256l + threadIdx.x;
+    if (at < n) y[at] = 2 * x[at];
+}
+torch::Tensor f(torch::Tensor x) {
+    auto y = torch::empty_like(x);
+    twice<<<(x.numel() + 255) / 256, 256>>>(x.data_ptr<float>(), y.data_ptr<float>(), x.numel());
+    return y;
+}
+"""
+
+
+@pytest.mark.slow  # a minute and more of nvcc
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_nvcc_is_twice_as_quick_with_them(tmp_path: Path) -> None:
+    (tmp_path / "one.cu").write_text(KERNEL)
+    include = [word for path in extension.include_paths() for word in ("-isystem", path)]
+    include += ["-isystem", f"{sys.base_prefix}/include/python3.{sys.version_info.minor}"]
+    command = [str(find_nvcc()), *include, "-std=c++17", "--compiler-options", "-fPIC", "--expt-relaxed-constexpr"]
+    command += ["-gencode=arch=compute_90,code=sm_90", "-c", "one.cu", "-o", "one.o"]
+    seconds: dict[str, float] = {}
+    for name, path in (("lean", str(lean.HEADERS)), ("torch's own", "")):
+        started = time.monotonic()
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, "CPATH": path}, check=True)
+        seconds[name] = time.monotonic() - started
+    print(", ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items()))
+    assert seconds["lean"] < seconds["torch's own"] / 2
