@@ -23,6 +23,7 @@ logs=$(mktemp -d)
 touch "$logs/begun"
 export PYTHONPATH=".:$CARRY/site:$SITE" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 export FLASHINFER_WORKSPACE_BASE=$CACHE/flashinfer TRITON_CACHE_DIR=$CACHE/triton TVM_FFI_CACHE_DIR=$CACHE/tvm
+export TORCHINDUCTOR_CACHE_DIR=$CACHE/inductor CUDA_CACHE_PATH=$CACHE/nv XDG_CACHE_HOME=$CACHE/xdg
 export SGLANG_DG_CACHE_DIR=$CACHE/deep_gemm SGLANG_JIT_DEEPGEMM_PRECOMPILE=0 SPECGEN_COMMIT=$(cat "$CARRY/COMMIT")
 cp "$CARRY"/prebuilt/_kv*.so specgen_engine/ 2>/dev/null
 nvidia-smi >"$logs/nvidia-smi.txt" 2>&1

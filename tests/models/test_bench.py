@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.models_client import Generated
 from bench.models_forks import Fork, reuse_decoded, reuse_prefilled
-from bench.models_load import slowdown_of
+from bench.models_load import held, slowdown_of
 from bench.models_merge import merge
 from bench.models_servers import case_of, environment_of
 from bench.models_turns import TIMED, TimeIsOver, Turn, Turns, may_start
@@ -164,3 +164,16 @@ def test_modes_that_need_sglangs_switches_set_those_it_has() -> None:
     assert not [name for name in plain if "SIMULATE" in name or "INVARIANT" in name or "STRICT" in name]
     assert all(hasattr(envs, name) for name in accepted if "SIMULATE" in name or "STRICT" in name)
     assert environment_of(facts, case_of("glm5-small:invariant"))["SPECGEN_BATCH_INVARIANT"] == "1"
+
+
+def test_a_token_that_a_storm_leaves_taken_shows() -> None:
+    usage = {"weight": 1.0, "token_capacity": 128}
+    before = {
+        "memory_usage": usage,
+        "specgen": {"free_tokens": 128, "watched": 0, "scripts": 0, "pauses": {"count": 1}},
+    }
+    for name in ("free_tokens", "watched", "scripts"):
+        after = {**before, "specgen": {**before["specgen"], name: 127}}
+        assert held(after) != held(before)
+    assert held({**before, "specgen": {**before["specgen"], "pauses": {"count": 9}}}) == held(before)
+    assert held({**before, "specgen_kv": {"integrity": "1 page lost"}}) != held(before)
