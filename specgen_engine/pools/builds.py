@@ -59,7 +59,8 @@ class BuildDesk:
         took = time.monotonic() - job.build_began if job is not None and job.build_began is not None else 0.0
         if self.state.built(event.job, took if event.learnt else None) is None or job is None:
             return False
-        job.build_began, job.built_s = None, took
+        job.build_began = None
+        job.built_s += took
         return True
 
     def lost(self, jobs: Iterable[PoolJob]) -> None:
