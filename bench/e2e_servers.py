@@ -24,12 +24,8 @@ GPU_ARGUMENTS = (
 )
 # With the default of 8 splits a step's time grew with the longest context by 0.75 ms per 1,000 tokens on an H200.
 TRITON_ARGUMENTS = ("--triton-attention-num-kv-splits", "64")
-# Forks of many searches at once, and answers of up to 4,600 tokens. A CUDA extension took up to 73 s to build beside an
-# H200: after the default of 30 s a base that had answered would be left without a verdict on its own kernel.
-FORK_ARGUMENTS = (
-    *("--specgen-fork-total", "32", "--specgen-fork-max-tokens", "8192"),
-    *("--specgen-grace-s", "180"),
-)
+# Forks of many searches at once, and answers of up to 4,600 tokens.
+FORK_ARGUMENTS = ("--specgen-fork-total", "32", "--specgen-fork-max-tokens", "8192")
 
 
 @dataclass(frozen=True, slots=True)

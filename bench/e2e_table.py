@@ -177,14 +177,18 @@ def by_trace(lines: Sequence[Line]) -> list[Line]:
     return sorted(found, key=lambda one: (one["group"], one["trace"], one["iteration"], one["seed"]))
 
 
+def short(commit: str) -> str:
+    """Seven digits, and a + where the tree differed from the commit."""
+    return commit[:7] + ("+" if "+" in commit else "")
+
+
 def commits(lines: Sequence[Line]) -> str:
     """Which commit each configuration was played at, and what that means where it is not sequential's."""
     last = {line["configuration"]: line for line in lines if line.get("commits")}
     if not last:
         return ""
     said = [
-        f"{name} {', '.join(one[:7] for one in line['commits'])} ({', '.join(line['dates'])})"
-        for name, line in last.items()
+        f"{name} {', '.join(map(short, line['commits']))} ({', '.join(line['dates'])})" for name, line in last.items()
     ]
     own = last[SEQUENTIAL]["commits"] if SEQUENTIAL in last else []
     other = [name for name, line in last.items() if line["commits"] != own]

@@ -286,6 +286,8 @@ def test_a_table_says_which_configurations_are_of_another_commit() -> None:
     ]
     said = e2e_table.commits(e2e_report.summarise(rows, [], 1, 1.5))
     assert said.startswith("Commits: sequential aaaaaaa (2026-01-02); specgen bbbbbbb (2026-01-03). Of another commit")
+    rows[1]["commit"] = rows[0]["commit"] + "+changes"
+    assert "specgen aaaaaaa+ (2026-01-03). Of another" in e2e_table.commits(e2e_report.summarise(rows, [], 1, 1.5))
     rows[1]["commit"] = rows[0]["commit"]
     assert "Of another commit" not in e2e_table.commits(e2e_report.summarise(rows, [], 1, 1.5))
 
