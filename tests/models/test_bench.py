@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import models
 from bench.models_client import Generated
 from bench.models_forks import Fork, reuse_decoded, reuse_prefilled
 from bench.models_load import held, slowdown_of
 from bench.models_merge import merge
-from bench.models_servers import case_of, environment_of
+from bench.models_servers import Case, Running, case_of, environment_of
 from bench.models_turns import TIMED, TimeIsOver, Turn, Turns, may_start
+from specgen_engine.errors import SpecGenError
 from specgen_engine.models.base import facts_of
 
 STEPS = ("smoke", "restores", "forks", "storm", "slowdown")
@@ -177,3 +183,31 @@ def test_a_token_that_a_storm_leaves_taken_shows() -> None:
         assert held(after) != held(before)
     assert held({**before, "specgen": {**before["specgen"], "pauses": {"count": 9}}}) == held(before)
     assert held({**before, "specgen_kv": {"integrity": "1 page lost"}}) != held(before)
+
+
+def test_what_the_budget_cuts_off_says_so_and_a_server_that_never_came_up_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    killed = threading.Event()
+
+    def start(stack: ExitStack, case: Case, logs: Path, timeout_s: float) -> Running:
+        if case.mode == "tier":
+            raise SpecGenError("no lender")
+        stack.callback(killed.set)
+        (logs / "log").write_text("Error: SIGTERM")
+        return Running(case, Engine(0.0), logs / "log", 0.0, None)  # type: ignore[arg-type]
+
+    def smoke(_running: Running) -> dict[str, Any]:
+        killed.wait(5)
+        raise httpx.ConnectError("gone")
+
+    monkeypatch.setattr(models, "start", start)
+    monkeypatch.setattr(models, "smoke", smoke)
+    report = models.Report(tmp_path / "models.json", 1)
+    cases = [case_of("tiny:plain"), case_of("tiny:tier")]
+    begun = time.monotonic()
+    assert models.run(cases, ["smoke", "forks"], tmp_path, 0.3, 1, report) == 1
+    assert time.monotonic() - begun < 4, "the server outlived the budget"
+    rows = json.loads((tmp_path / "models.json").read_text())["cases"]
+    assert rows["tiny:plain"] == {"smoke": {"error": "cut off: the budget was over", "log": ["Error: SIGTERM"]}}
+    assert rows["tiny:tier"]["start"]["error"] == "no lender"
