@@ -7,7 +7,7 @@ RUN := $(VENV)/bin
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PYTEST := $(RUN)/python -m pytest --durations=15 --durations-min=1
 LATEST := build/venv-latest
-CXX_SOURCES = $(shell find csrc kernels -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+CXX_SOURCES = $(shell find csrc kernels specgen_engine/evaluation/builds -type f \( -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 UV_LOCK := $(RUN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .PHONY: help venv demo test test-all test-latest test-gpu lint format lock clean

@@ -1,5 +1,5 @@
-// ATen without its 2,000 operators: PyTorch's own per-operator headers, of those that kernels' host code calls. A source
-// that needs another name does not compile with this file; bin/ninja then builds it with torch's own headers.
+// ATen without its 2,000 operators: PyTorch's own per-operator headers, of those that kernels' host code calls. A
+// source that needs another name does not compile with this file; bin/ninja then builds it with torch's own headers.
 #pragma once
 #ifndef AT_PER_OPERATOR_HEADERS
 #define AT_PER_OPERATOR_HEADERS
@@ -14,10 +14,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/Scalar.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/TensorOptions.h>
-#include <c10/util/Exception.h>
-
 #include <ATen/ops/abs.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
@@ -57,3 +53,6 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/TensorOptions.h>
+#include <c10/util/Exception.h>
