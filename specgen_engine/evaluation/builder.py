@@ -19,7 +19,7 @@ from .buildcache import BuildFolder
 from .candidates.forms import detect_form
 from .children import Child
 from .limits import EvaluationLimits
-from .processes import TICK_S, Ended, Link, PoolGone, Processes
+from .processes import TICK_S, Ended, Link, Lost, PoolGone, Processes
 from .wire import Channel
 
 IMPORTING = "importing the module"
@@ -59,6 +59,7 @@ class Builder(Processes):
                     self.builds[build.job] = build
                 for build in list(self.builds.values()):
                     self._look_at(build)
+                self.bury_candidate()
                 if not self.link.requests:
                     self.pump(TICK_S if self.builds else 5.0)
         except (PoolGone, BrokenPipeError, ConnectionResetError):
@@ -66,6 +67,8 @@ class Builder(Processes):
         finally:
             for build in list(self.builds.values()):
                 self._end(build, keep=False)
+            for child in list(self.dying):
+                self.end(child)
 
     def start(self, candidate: Candidate, folder: Path) -> Child:
         device, limit = self.device, self.limits.source_bytes
@@ -86,8 +89,8 @@ class Builder(Processes):
             message: dict[str, object] = {"built": True, "cached": build.child is None}
         except Ended as ended:
             self._end(build, keep=False)
-            killed = ended.status is Status.CRASH and "SIGKILL" in ended.reason  # perhaps not its fault: a worker tries
-            message = {"built": False} if killed else {"verdict": self._verdict(build, ended)}
+            lost = isinstance(ended, Lost)  # perhaps not its fault: a worker tries
+            message = {"built": False} if lost else {"verdict": self._verdict(build, ended)}
         self.link.cancelled.discard(build.job)
         self.link.send({"job": build.job, **message})
 
@@ -112,7 +115,7 @@ class Builder(Processes):
 
     def _end(self, build: Build, *, keep: bool) -> None:
         """Nothing of it runs any more; its folder is kept, or gone."""
-        self.end(build.child)
+        self._silence(build.child)
         del self.builds[build.job]
         if keep:
             build.folder.keep()
@@ -131,7 +134,7 @@ class Builder(Processes):
         }
 
     def _others(self, child: Child) -> set[int]:
-        others = (build.child for build in self.builds.values())
+        others = (*(build.child for build in self.builds.values()), *self.dying)
         return {other.pid for other in others if other is not None and other is not child}
 
     def _look_after(self) -> None:
