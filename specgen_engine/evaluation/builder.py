@@ -33,6 +33,8 @@ class Build:
         self.started = float(request["arrived"])
         self.held = ExitStack()
         self.folder = self.held.enter_context(BuildFolder(builder.cache, self.candidate.hash))
+        if self.folder.hit:
+            free_build_locks(self.folder.path)
         mine = not (self.folder.hit or self.folder.temporary)
         self.child: Child | None = builder.start(self.candidate, self.folder.path) if mine else None
         self.fault: Ended | None = None
@@ -145,3 +147,12 @@ class Builder(Processes):
             except Ended as ended:
                 build.fault = ended
         self.candidate = None
+
+
+def free_build_locks(folder: Path) -> None:
+    """Remove torch's own lock files from a kept build folder that is held by flock: who waited for one waited for ever.
+
+    A folder is kept once its module is imported; what is built later, in a constructor, may be killed while it builds.
+    """
+    for lock in (folder / "torch").glob("*/lock"):
+        lock.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ The compiler is a stand-in: a candidate whose text names load_inline, and whose 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import time
@@ -139,10 +140,46 @@ def test_a_cancelled_build_frees_its_place_at_once_and_leaves_no_process(tmp_pat
         freed_s = time.monotonic() - start
         print(f"place free {freed_s:.3f} s after the cancel")
         assert freed_s < 0.5
-        assert not [one for one in running if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        await when(lambda: not [one for one in running if one.is_running()])
         assert (await second.verdict()).status is Status.CORRECT
 
     with_pool(use, tmp_path, workers=1, build_slots=1)
+
+
+DIES_WHILE_IT_BUILDS = """
+import os, pathlib
+from torch.utils.cpp_extension import load_inline
+import torch
+LOCK = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "late" / "lock"
+class ModelNew(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        if LOCK.exists():
+            raise RuntimeError("locked for ever")
+        LOCK.parent.mkdir(exist_ok=True)
+        LOCK.touch()
+        os._exit(3)
+"""
+
+
+def test_a_build_that_was_killed_in_a_constructor_locks_nobody_out(tmp_path: Path) -> None:
+    async def use(pool: LocalPool) -> None:
+        for _ in range(2):
+            verdict = await pool.submit(TASK, Candidate(DIES_WHILE_IT_BUILDS), search="s").verdict()
+            assert "locked" not in verdict.reason
+            assert verdict.status in (Status.CRASH, Status.RUNTIME_ERROR)
+            await when(lambda: not [one for one in tmp_path.glob("*.lock") if is_held(one)])
+
+    with_pool(use, tmp_path, workers=1, build_slots=1)
+
+
+def is_held(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
 
 
 def test_a_killed_builder_loses_no_job(tmp_path: Path) -> None:
