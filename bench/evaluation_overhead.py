@@ -2,9 +2,9 @@
 
     python -m bench.evaluation_overhead --json F [--beside TREE] [--rounds 4] [--verdicts 12]
 
-A toy task with the reference at hand, with another task before each verdict, and the latter with a model that takes
-long to build on either side. TREE is an older checkout's folder. Each round starts a pool of each tree, so that both
-meet the same load; figures are over all rounds.
+A toy task with the reference at hand, with another task before each verdict, the latter with a model that takes long to
+build on either side, and three such by turns. TREE is an older checkout's folder. Each round starts a pool of each
+tree, so that both meet the same load; figures are over all rounds.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ def get_init_inputs():
     return [512]
 """
 HEAVY = 48 << 20
-CASES = {"reference at hand": (0, False), "another task before": (0, True), "another, slow to build": (HEAVY, True)}
-"""How many numbers a constructor draws, and whether each verdict has a task of its own."""
+CASES = {
+    "reference at hand": (0, 1),
+    "another task before": (0, 0),
+    "another, slow to build": (HEAVY, 0),
+    "three tasks by turns": (HEAVY, 3),
+}
+"""How many numbers a constructor draws, and how many tasks come by turns; 0: each verdict has a task of its own."""
 Row = dict[str, Any]
 
 
@@ -55,15 +60,15 @@ async def judge(verdicts: int) -> dict[str, list[Row]]:
         pool = LocalPool(workers=1, limits=EvaluationLimits(timing_budget_s=0.2), cache=Path(cache))
         await pool.start()
         try:
-            for case, (numbers, other) in CASES.items():
+            for case, (numbers, tasks) in CASES.items():
                 model = TASK.format(numbers=numbers)
-                for number in range(verdicts + 1):
-                    task = Task(model + GIVEN + (f"# {number}" if other else ""), case)
+                for number in range(verdicts + max(1, tasks)):
+                    task = Task(model + GIVEN + f"# {number % tasks if tasks else number}", case)
                     source = model.replace("class Model(", "class ModelNew(") + f"# {number} {case}"
                     began = time.monotonic()
                     verdict = await pool.submit(task, Candidate(source), search="overhead").verdict()
                     seconds = time.monotonic() - began - verdict.stages["queued"]
-                    if number and verdict.status == "correct":  # the first of a case has another's judge
+                    if number >= max(1, tasks) and verdict.status == "correct":  # the first have others' judges
                         found[case].append({"s": seconds, "own_s": verdict.own_s, "overhead": verdict.overhead})
         finally:
             await pool.close()

@@ -37,6 +37,7 @@ class Checked(Spending):
         self.checks = max(self.limits.check_seeds, self.task.cases)
         self.owed = self.checks + TIMING_SLOTS + 1
         self.sets = self.owed + ACQUITTALS
+        self.lent = bool(request.get("lent"))  # the device's memory, to the KV tier
         self.shown: dict[str, Any] = {}
         self.layouts: dict[int, Any] = {}
 
@@ -184,10 +185,12 @@ class Checked(Spending):
         self.worker.require_gpu()
 
     def _has_room(self) -> bool:
-        """Does the GPU hold this evaluation beside another of its kind?"""
+        """Does the GPU hold this evaluation beside another of its kind? If more than that, judges may wait there."""
         self.worker.ask(self.judge, {"op": "room", "sets": self.sets})
         answer = self._judge_reply(LOADING)
-        return int(answer["free"]) > 2 * int(answer["need"])
+        free, need = int(answer["free"]), int(answer["need"])
+        self.worker.note_room(not self.lent and free > (2 + self.limits.judges) * need)
+        return free > 2 * need
 
     def _judge_reply(self, doing: str, unless: Child | None = None) -> dict[str, Any]:
         return self.worker.reply(self.judge, self.limits.task_s, doing, unless=unless)

@@ -5,6 +5,7 @@ It lives as long as its task is in use on its worker, so that the reference is i
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import traceback
@@ -149,6 +150,17 @@ class Judge:
                 torch.cuda.synchronize(self.device)
         return {"event": "released"}
 
+    def park(self) -> dict[str, object]:
+        """Until the task's next candidate: of all that lies on the host, only the model is kept."""
+        self.release()
+        for region in (self.inputs, self.outputs):
+            _close(region)
+        self.inputs = self.outputs = -1
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # see worker_main.keep_freed_memory
+        if trim is not None:
+            trim(0)
+        return {"event": "parked"}
+
     def make_inputs(self, seed: int, case: int = 0) -> list[Any]:
         """The task's inputs of a shape under a seed, made on the device; on the host where the task insists on it."""
         torch.manual_seed(seed)
@@ -268,6 +280,8 @@ class Judge:
             return self.begin(message["sets"])
         if op == "release":
             return self.release()
+        if op == "park":
+            return self.park()
         if op == "room":
             return self.room(message["sets"])
         if op == "place":

@@ -26,6 +26,8 @@ class EvaluationLimits:
     parallel_checks: on a GPU with room for it, candidates are compiled just in time and checked side by side;
         each is timed alone either way.
     spares: a process waits ready for the next candidate, on a GPU with its CUDA context (some 0.5 GB of it).
+    judges: references that a worker keeps ready, those of its latest tasks; each is a process with the task's model,
+        on a GPU (some 0.5 GB of it and the weights) more than one only while there is much room.
     lock_clocks: hold the GPU's SM clock at its highest while the pool lives (needs the right to; else it is said).
     sandbox: off, prefer (the best level this machine offers) or require (refuse to start without kernel isolation).
 
@@ -47,6 +49,7 @@ class EvaluationLimits:
     remember_hangs: bool = True
     parallel_checks: bool = True
     spares: bool = True
+    judges: int = 3
     lock_clocks: bool = False
     sandbox: str = "prefer"
     profile_s: float = 120.0

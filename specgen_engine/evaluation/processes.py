@@ -90,6 +90,7 @@ class Processes:
         self.judge: Child | None = None
         self.judge_key = ""
         self.judge_placed = False
+        self.parked: dict[str, tuple[Child, bool]] = {}  # judges of former tasks, the latest last; is it placed?
         self.candidate: Child | None = None
         self.spare: Child | None = None
         self.spare_build: PreparedFolder | None = None
@@ -97,6 +98,7 @@ class Processes:
         self.dying: list[Child] = []
         self.regions: tuple[int, ...] = ()  # those on the host of the candidate that runs
         self.on_gpu = device.startswith("cuda")
+        self.roomy = not self.on_gpu  # has the device memory for parked judges?
         self.gpu_fault = ""
         self.triton_base: Path | None = None
         self.gpu_state = GpuState(device, limits.lock_clocks) if self.on_gpu else None
@@ -168,7 +170,8 @@ class Processes:
 
     def _others(self, child: Child) -> set[int]:
         """The roots of the process trees that live on when a child is ended."""
-        known = (self.judge, self.candidate, self.spare, self.spare_judge, *self.dying)
+        parked = (judge for judge, _ in self.parked.values())
+        known = (self.judge, self.candidate, self.spare, self.spare_judge, *self.dying, *parked)
         pids = {other.pid for other in known if other is not None and other is not child}
         return pids | ({self.gpu_state.process.pid} if self.gpu_state else set())
 
@@ -181,6 +184,7 @@ class Processes:
             self.spare = None
         if child is self.spare_judge:
             self.spare_judge = None
+        self.parked = {key: kept for key, kept in self.parked.items() if kept[0] is not child}
 
     def _discard(self, child: Child) -> None:
         if not child.ended:

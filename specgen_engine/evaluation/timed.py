@@ -65,7 +65,6 @@ class Timed(Checked):
         self.idle: list[bool] = []
         self.goes_on: list[bool] = []
         self.asked_again = ""  # the suspicion that a second series of blocks was to confirm
-        self.lent = bool(request.get("lent"))  # the device's memory, to the KV tier
         self.use = "turn"
         self.pace = ON_GPU if worker.on_gpu else ON_CPU
         self.reference_repeats = MAX_REPEATS

@@ -35,17 +35,49 @@ class Worker(Processes):
     """Judges, candidates and the spares that wait for them; what an evaluation consists of is in evaluate.py."""
 
     def judge_for(self, task: Task) -> Child:
-        """The task's judge: the one at hand, or a fresh one that still owes what it says while it loads."""
+        """The task's judge: one at hand, or a fresh one that still owes what it says while it loads."""
         if self.judge is not None and self.judge_key == task.hash and not self.judge.ended:
             while self.judge is not None and self.judge.pending:  # replies owed to a job that was cut off
                 self.reply(self.judge, self.limits.task_s, "answering")
             if self.judge is not None:
                 return self.judge
-        before, self.judge_placed = self.judge, False
+        before = self.judge, self.judge_key, self.judge_placed
+        parked, placed = self.parked.get(task.hash, (None, False))
+        if parked is not None:
+            del self.parked[task.hash]
+            self.judge, self.judge_key, self.judge_placed = parked, task.hash, placed
+            self._park(*before)
+            return self.judge_for(task)
+        self.judge_placed = False
         self.judge = self._new_judge(task)
         self.judge.pending = LOADING_REPLIES
-        self._silence(before, patience_s=0.0)  # it runs nobody's code but the task's: nothing waits for its end
+        self._park(*before)
         return self.judge
+
+    def _park(self, judge: Child | None, key: str, placed: bool) -> None:
+        """Keep the judge of the task before for that task's next candidate, or end it; end the one longest unused.
+
+        They run nobody's code but their tasks': nothing waits for their ends.
+        """
+        if judge is not None and self.roomy and not judge.ended and judge.pending == len(judge.inbox):
+            if not self.on_gpu:  # there it has given memory back at the end of its turn
+                self.ask(judge, {"op": "park"})
+            self.parked[key] = judge, placed
+        else:
+            self._silence(judge, patience_s=0.0)
+        while len(self.parked) >= self.limits.judges:
+            self._silence(next(iter(self.parked.values()))[0], patience_s=0.0)
+
+    def note_room(self, roomy: bool) -> None:
+        """Is there memory on the GPU for judges that wait? Those that do are ended when there is not."""
+        self.roomy = roomy
+        if not roomy:
+            self.end_parked()
+
+    def end_parked(self) -> None:
+        """Their contexts take the driver a while to end: they are waited for with the candidate's."""
+        for judge, _ in list(self.parked.values()):
+            self._silence(judge, patience_s=0.0)
 
     def _new_judge(self, task: Task) -> Child:
         seed = int.from_bytes(os.urandom(6), "little")
@@ -179,6 +211,8 @@ class Worker(Processes):
         self.begin_warming()
         self.bury_candidate()
         self.release_judge()
+        if self.judge is None:
+            self.end_parked()  # what this one met, they may have too
         if self.judge is None and self.limits.spares:
             self.end(self.spare)
             self.begin_warming()
@@ -243,7 +277,8 @@ class Worker(Processes):
         except (PoolGone, BrokenPipeError, ConnectionResetError):
             pass
         finally:
-            for child in (self.candidate, *self.dying, self.spare, self.spare_judge, self.judge):
+            parked = [judge for judge, _ in self.parked.values()]
+            for child in (self.candidate, *self.dying, self.spare, self.spare_judge, self.judge, *parked):
                 self.end(child)
             if self.spare_build is not None:
                 self.spare_build.close(keep=False)

@@ -44,22 +44,23 @@ def processes_of(pool_thread: PoolThread, kind: str) -> list[psutil.Process]:
     return found
 
 
-async def killed_once(pool_thread: PoolThread, source: str, at: Stage, kind: str, which: int) -> Verdict:
+async def killed_once(pool_thread: PoolThread, source: str, at: Stage, kind: str, which: slice) -> Verdict:
     job = pool_thread.pool.submit(TASK, Candidate(source), search="killed")
     async for stage in job.events():
         if stage is at:
             break
     await asyncio.sleep(0.3)
-    processes_of(pool_thread, kind)[which].send_signal(signal.SIGKILL)
+    for process in processes_of(pool_thread, kind)[which]:
+        process.send_signal(signal.SIGKILL)
     return await job.verdict()
 
 
-@pytest.mark.parametrize("which", [0, -1], ids=["outermost", "innermost"])
+@pytest.mark.parametrize("which", [slice(0, 1), slice(-1, None)], ids=["outermost", "innermost"])
 @pytest.mark.parametrize(
     ("source", "at"), [(SLOW_START, Stage.COMPILE), (SLOW_CALL, Stage.CHECK)], ids=["import", "call"]
 )
 def test_an_honest_candidate_that_is_killed_is_judged_again(
-    pool_thread: PoolThread, source: str, at: Stage, which: int
+    pool_thread: PoolThread, source: str, at: Stage, which: slice
 ) -> None:
     verdict = pool_thread.call(killed_once(pool_thread, f"# {which}\n{source}", at, "candidate", which))
     assert verdict.status is Status.CORRECT, verdict
@@ -67,7 +68,7 @@ def test_an_honest_candidate_that_is_killed_is_judged_again(
 
 
 def test_the_verdict_says_that_the_judge_was_killed(pool_thread: PoolThread) -> None:
-    verdict = pool_thread.call(killed_once(pool_thread, SLOW_CALL, Stage.CHECK, "judge", 0))
+    verdict = pool_thread.call(killed_once(pool_thread, SLOW_CALL, Stage.CHECK, "judge", slice(None)))
     assert verdict.status is Status.CORRECT, verdict
     assert "reference failed: its process was killed by SIGKILL" in verdict.conditions["made_again"]
 
@@ -86,7 +87,8 @@ def test_a_task_is_not_blamed_for_a_killed_judge(pool_thread: PoolThread) -> Non
     async def run() -> str | None:
         asked = asyncio.ensure_future(pool_thread.pool.check_task(task))
         await asyncio.sleep(0.4)
-        processes_of(pool_thread, "judge")[0].send_signal(signal.SIGKILL)
+        for process in processes_of(pool_thread, "judge"):
+            process.send_signal(signal.SIGKILL)
         return await asked
 
     assert pool_thread.call(run()) is None

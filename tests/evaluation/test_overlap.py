@@ -95,6 +95,9 @@ class Script:
     def require_gpu(self) -> None:
         pass
 
+    def note_room(self, roomy: bool) -> None:
+        self.log.append("room for judges" if roomy else "no room for judges")
+
     def clear_gpu(self) -> None:
         self.log.append("cleared")
 
@@ -103,7 +106,7 @@ def imported(said: list[tuple[str, dict[str, Any]]], source: str, monkeypatch: p
     """What happens while a candidate is imported on a GPU, to the end of its turn."""
     script = Script(said, monkeypatch)
     request = {"job": "j", "task": {"source": TASK.source, "name": "t"}, "candidate": source}
-    script.limits = SimpleNamespace(check_seeds=2, parallel_checks=True, task_s=1, compile_s=1)  # type: ignore[attr-defined]
+    script.limits = SimpleNamespace(check_seeds=2, parallel_checks=True, task_s=1, compile_s=1, judges=3)  # type: ignore[attr-defined]
     self = Checked(script, request, ExitStack())  # type: ignore[arg-type]
     self.judge, self.child = script.judge, script.child  # type: ignore[assignment]
     with self.turn:
@@ -114,7 +117,8 @@ def imported(said: list[tuple[str, dict[str, Any]]], source: str, monkeypatch: p
 LOADED = ("judge", {"event": "loaded", "init": {"l": []}, "seed": 1})
 TENSORS = ("judge", {"event": "loaded", "init": None, "seed": 1})
 BUILT, IMPORTED = ("judge", {"event": "built"}), ("candidate", {"event": "imported"})
-PLACE, ROOM, END = ["judge place", "judge: placed"], ["judge room", "judge: room"], ["cleared", "turn ends"]
+PLACE, END = ["judge place", "judge: placed"], ["cleared", "turn ends"]
+ROOM = ["judge room", "judge: room", "room for judges"]
 
 
 def test_a_candidate_imported_before_the_model_is_built_is_constructed_meanwhile(monkeypatch) -> None:
