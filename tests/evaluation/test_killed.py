@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -44,14 +45,20 @@ def processes_of(pool_thread: PoolThread, kind: str) -> list[psutil.Process]:
     return found
 
 
+def kill(processes: list[psutil.Process]) -> None:
+    """All of them; some end with those before."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+
+
 async def killed_once(pool_thread: PoolThread, source: str, at: Stage, kind: str, which: slice) -> Verdict:
     job = pool_thread.pool.submit(TASK, Candidate(source), search="killed")
     async for stage in job.events():
         if stage is at:
             break
     await asyncio.sleep(0.3)
-    for process in processes_of(pool_thread, kind)[which]:
-        process.send_signal(signal.SIGKILL)
+    kill(processes_of(pool_thread, kind)[which])
     return await job.verdict()
 
 
@@ -87,8 +94,7 @@ def test_a_task_is_not_blamed_for_a_killed_judge(pool_thread: PoolThread) -> Non
     async def run() -> str | None:
         asked = asyncio.ensure_future(pool_thread.pool.check_task(task))
         await asyncio.sleep(0.4)
-        for process in processes_of(pool_thread, "judge"):
-            process.send_signal(signal.SIGKILL)
+        kill(processes_of(pool_thread, "judge"))
         return await asked
 
     assert pool_thread.call(run()) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from specgen_engine.evaluation.base import Status, Task, Verdict
 from specgen_engine.evaluation.worker import Worker
 
 from .conftest import TASK, Judge, PoolThread, module
-from .test_killed import processes_of
+from .test_killed import kill, processes_of
 
 
 def task(name: str) -> Task:
@@ -65,9 +65,10 @@ def test_one_that_was_killed_while_it_waited_has_a_successor(pool_thread: PoolTh
     judged(judge, "a")
     mine = folders(pool_thread)
     judged(judge, "b")
-    for process in processes_of(pool_thread, "judge"):
-        if Path(process.cwd()).name in mine:
-            process.send_signal(signal.SIGKILL)
+    kill([process for process in processes_of(pool_thread, "judge") if Path(process.cwd()).name in mine])
+    deadline = time.monotonic() + 5
+    while folders(pool_thread) & mine and time.monotonic() < deadline:
+        time.sleep(0.01)
     verdict = judged(judge, "a")
     assert "made_again" not in verdict.conditions
 
