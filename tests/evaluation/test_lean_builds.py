@@ -102,6 +102,45 @@ torch::Tensor f(torch::Tensor x) {
 """
 
 
+SMALL = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }"
+ERROR = f"#ifdef __CUDA_ARCH__\n#error here\n#endif\n{SMALL}"
+SOURCES = {  # source, options, whether it fails, whether nvcc itself need not be asked
+    "one architecture": (SMALL, ["-gencode=arch=compute_90,code=sm_90"], False, True),
+    "with its PTX": (SMALL, ["-gencode=arch=compute_90,code=[compute_90,sm_90]"], False, True),
+    "two architectures": (SMALL, [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)], False, False),
+    "an error": (SMALL.replace("2;", "y;"), ["-arch=sm_90"], True, True),
+    "an error in the device's reading alone": (ERROR, ["-arch=sm_90"], True, False),
+}
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.parametrize("name", SOURCES)
+def test_two_readings_side_by_side_say_and_make_what_nvcc_does(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options, fails, side_by_side = SOURCES[name]
+    (tmp_path / "one.cu").write_text(source)
+    monkeypatch.setenv("CUDA_HOME", str(Path(find_nvcc() or "").resolve().parent.parent))
+    environment = {**os.environ, **lean.environment(), "TMPDIR": str(tmp_path)}
+    real = tmp_path / "nvcc"
+    real.write_text(f'#!/bin/sh\necho "$1" >>calls\nexec {environment["SPECGEN_NVCC"]} "$@"\n')
+    real.chmod(0o755)
+    environment["SPECGEN_NVCC"] = str(real)
+    made = {}
+    for program in (environment["PYTORCH_NVCC"], environment["SPECGEN_NVCC"]):
+        command = [program, "-std=c++17", *options, "-c", "one.cu", "-o", "one.o"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        symbols = subprocess.run(["nm", "one.o"], cwd=tmp_path, capture_output=True, text=True).stdout
+        kept = sorted(line for line in symbols.splitlines() if "tmpxft" not in line)
+        made[program] = (bool(done.returncode), (done.stdout + done.stderr).splitlines(), kept)
+        (tmp_path / "one.o").unlink(missing_ok=True)
+        assert not list(tmp_path.glob("tmpxft*"))
+    first, second = made.values()
+    assert first == second
+    assert first[0] == fails, first
+    assert (tmp_path / "calls").read_text().split() == ["--dryrun", *["-std=c++17"] * (1 if side_by_side else 2)]
+
+
 @pytest.mark.slow  # a minute and more of nvcc
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 def test_nvcc_is_twice_as_quick_with_them(tmp_path: Path) -> None:

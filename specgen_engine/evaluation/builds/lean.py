@@ -4,7 +4,8 @@
 host code needs of it is half of that. `include/` has those few of torch's headers that pull in the rest, with
 PyTorch's own per-operator headers in their place; a compiler finds them first (CPATH comes before -isystem).
 `bin/ninja` stands before the real one on PATH, builds with them, and where a source needs more, builds again with
-torch's own. What is compiled from a source is the same either way. SPECGEN_FULL_HEADERS=1 switches this off.
+torch's own. `bin/nvcc` lets nvcc's two readings of a source, for the host and for the device, go on side by side. What
+is compiled from a source is the same either way. SPECGEN_FULL_HEADERS=1 switches all of this off.
 
 Measured (nvcc 13.0, torch 2.11): docs/evaluation.md.
 """
@@ -30,6 +31,20 @@ def environment() -> dict[str, str]:
         "PATH": os.pathsep.join((str(PROGRAMS), path)),
         "SPECGEN_NINJA": ninja,
         "SPECGEN_LEAN_HEADERS": str(HEADERS),
+        **_nvcc(),
+    }
+
+
+def _nvcc() -> dict[str, str]:
+    """torch's own order of search. The dependencies that it has nvcc write are of no use in a folder built in once."""
+    folder = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{folder}/bin/nvcc" if folder else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(nvcc, os.X_OK) or not os.access(PROGRAMS / "nvcc", os.X_OK):
+        return {}
+    return {
+        "PYTORCH_NVCC": str(PROGRAMS / "nvcc"),
+        "SPECGEN_NVCC": nvcc,
+        "TORCH_EXTENSION_SKIP_NVCC_GEN_DEPENDENCIES": "1",
     }
 
 
