@@ -123,11 +123,11 @@ def test_two_readings_side_by_side_say_and_make_what_nvcc_does(
     monkeypatch.setenv("CUDA_HOME", str(Path(find_nvcc() or "").resolve().parent.parent))
     environment = {**os.environ, **lean.environment(), "TMPDIR": str(tmp_path)}
     real = tmp_path / "nvcc"
-    real.write_text(f'#!/bin/sh\necho "$1" >>calls\nexec {environment["SPECGEN_NVCC"]} "$@"\n')
+    real.write_text(f'#!/bin/sh\necho "$1" >>calls\nexec {environment["SPECGEN_REAL_NVCC"]} "$@"\n')
     real.chmod(0o755)
-    environment["SPECGEN_NVCC"] = str(real)
+    environment["SPECGEN_REAL_NVCC"] = str(real)
     made = {}
-    for program in (environment["PYTORCH_NVCC"], environment["SPECGEN_NVCC"]):
+    for program in (environment["PYTORCH_NVCC"], environment["SPECGEN_REAL_NVCC"]):
         command = [program, "-std=c++17", *options, "-c", "one.cu", "-o", "one.o"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         symbols = subprocess.run(["nm", "one.o"], cwd=tmp_path, capture_output=True, text=True).stdout

@@ -43,7 +43,7 @@ def _nvcc() -> dict[str, str]:
         return {}
     return {
         "PYTORCH_NVCC": str(PROGRAMS / "nvcc"),
-        "SPECGEN_NVCC": nvcc,
+        "SPECGEN_REAL_NVCC": nvcc,
         "TORCH_EXTENSION_SKIP_NVCC_GEN_DEPENDENCIES": "1",
     }
 
