@@ -154,8 +154,8 @@ class SpecGenConfig(Section):
     grace_s: float = Field(
         30,
         ge=0,
-        description="seconds that verdicts are awaited once the base has answered by itself, and ten times as many "
-        "more for the verdict on that answer",
+        description="seconds that verdicts are awaited once the base has answered by itself (a fortieth of the time so "
+        "far once that answer is known to be right), and ten times as many more for the verdict on that answer",
     )
     fork: ForkConfig = Field(default_factory=ForkConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

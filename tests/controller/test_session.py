@@ -124,6 +124,27 @@ def test_after_the_grace_the_bases_own_verdict_is_awaited_without_the_others(oth
     run(body)
 
 
+@pytest.mark.parametrize("judged", [1.2, None], ids=["right", "wrong"])
+def test_once_the_own_answer_is_right_late_candidates_get_a_small_share_of_the_time(judged: float | None) -> None:
+    async def body() -> None:
+        rig = Rig(termination="none", grace_s=60)
+        await rig.fork_one("fork")
+        rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
+        await rig.settle()
+        rig.session._start -= 20  # as if it had begun so long ago: half a second is left to the fork
+        rig.pool.judge("own", judged)
+        await asyncio.sleep(0.05)
+        assert rig.session.record.ended_by is None
+        await asyncio.sleep(0.7)
+        assert (rig.session.record.ended_by is None) == (judged is None)
+        if judged is None:
+            rig.pool.judge("fork", 0.5)
+        await rig.end()
+        assert rig.got[-1].text.endswith(module("own" if judged else "fork"))
+
+    run(body)
+
+
 def test_the_bases_own_verdict_is_not_awaited_for_ever() -> None:
     async def body() -> None:
         rig = Rig(termination="none", grace_s=0.02)
