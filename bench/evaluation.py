@@ -254,7 +254,6 @@ def main() -> int:
     brief = {key: report[key] for key in ("comparison", "latency") if key in report}
     two = report.get("two_runs") or {}
     brief["two_runs"] = {key: value for key, value in two.items() if key != "kernels"}
-    brief["two_runs"]["of_run"] = max((row["run"] for row in report["verdicts"]), default=None)
     brief["runs"] = len(report["runs"])
     brief["throughput"] = report["runs"][-1].get("throughput")
     print(json.dumps(brief, indent=1))

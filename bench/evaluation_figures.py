@@ -14,21 +14,22 @@ Rows = list[dict[str, Any]]
 
 
 def summary(rows: Rows, scores: dict[str, Any]) -> dict[str, Any]:
-    """Everything that follows from rows; a candidate's last row counts, two runs are compared where there are two."""
+    """Everything that follows from rows; a candidate's last row counts, the passes of the last run with two compare."""
     rated = [row for row in rows if row["status"] != Status.CANCELLED]
     latest = list({row["candidate"]: row for row in rated}.values())
     newest = max((row["run"] for row in rows), default=0)
     mine = [row for row in rated if row["run"] == newest]
     passes = {name: [row for row in mine if row["pass"] == name] for name in dict.fromkeys(row["pass"] for row in mine)}
-    if "twice-2" in passes:
-        first, second = passes.get("twice-1", []), passes["twice-2"]
+    twice = max((row["run"] for row in rated if row["pass"] == "twice-2"), default=None)
+    if twice is not None:
+        first, second = ([row for row in rated if (row["run"], row["pass"]) == (twice, f"twice-{n}")] for n in (1, 2))
     else:  # as reports were before they had two runs on purpose
         first = [row for name, part in passes.items() if not name.startswith("rate") for row in part]
         second = [row for name, part in passes.items() if name.startswith("rate") for row in part]
     return {
         "comparison": compare(latest, scores),
         "latency": {name: latency(part) for name, part in passes.items()} | {"newest run": latency(mine)},
-        "two_runs": repeats(first, second) if first and second else None,
+        "two_runs": repeats(first, second) | {"of_run": second[0]["run"]} if first and second else None,
     }
 
 

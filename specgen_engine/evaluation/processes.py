@@ -84,7 +84,7 @@ class Processes:
 
     def __init__(self, link: Link, device: str, limits: EvaluationLimits, cache: Path, root: Path) -> None:
         self.link, self.device, self.limits, self.cache = link, device, limits, cache
-        self.root = root
+        self.root, self.compilers = root, lean.environment()
         self.selector = selectors.DefaultSelector()
         self.selector.register(link.sock, selectors.EVENT_READ, None)
         self.judge: Child | None = None
@@ -123,7 +123,7 @@ class Processes:
             scratch=scratch,
             limits=self.limits,
             enter_sandbox=lambda: sandbox.enter(policy),
-            environment={**_threads(self.limits.threads), **lean.environment(), **extra},
+            environment={**_threads(self.limits.threads), **self.compilers, **extra},
             cap_memory=not self.device.startswith("cuda"),
         )
         child.scratch = scratch

@@ -24,7 +24,7 @@ from .base import Done, Event, Lending, NoSlot, Reached, SlotDown, SlotUp, Switc
 from .driver import Driver
 from .journal import Journal
 from .local_builder import BuilderProcess
-from .local_process import GRACE_S, LINE_BYTES, bury, start_process
+from .local_process import GRACE_S, LINE_BYTES, bury, read_messages, start_process
 from .policy import PolicyConfig, Role
 from .policy_builds import builds_at_once
 
@@ -84,10 +84,7 @@ class WorkerProcess:
             theirs.close()
         reader, self.writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
         try:
-            while line := await reader.readline():
-                self._take(json.loads(line))
-        except (ConnectionError, ValueError):
-            pass
+            await read_messages(reader, self._take)
         finally:
             self.writer.close()
             with anyio.CancelScope(shield=True):

@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 
 from .base import Built, NoBuilder, Work
-from .local_process import LINE_BYTES, bury, start_process
+from .local_process import LINE_BYTES, bury, read_messages, start_process
 
 if TYPE_CHECKING:
     from .local import LocalBackend
@@ -83,10 +83,7 @@ class BuilderProcess:
             writer.write(_line(work.message()))
         self.writer = writer
         try:
-            while line := await reader.readline():
-                self._take(json.loads(line))
-        except (ConnectionError, ValueError):
-            pass
+            await read_messages(reader, self._take)
         finally:
             self.writer = None
             writer.close()

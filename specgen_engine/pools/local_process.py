@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.limits import EvaluationLimits
 
@@ -34,6 +37,15 @@ def start_process(
         start_new_session=True,
     )
     return process, scratch
+
+
+async def read_messages(reader: asyncio.StreamReader, take: Callable[[dict[str, Any]], None]) -> None:
+    """Hand over what a process says until its socket is closed, or it says what is no message."""
+    try:
+        while line := await reader.readline():
+            take(json.loads(line))
+    except (ConnectionError, ValueError):
+        pass
 
 
 def bury(process: subprocess.Popen[bytes], scratch: Path) -> None:

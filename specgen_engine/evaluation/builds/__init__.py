@@ -1,1 +1,1 @@
-"""What a C++ candidate is built with: lean headers of torch, and a ninja that tries them first."""
+"""What a C++ candidate is built with: lean headers of torch, and a ninja and an nvcc before the real ones."""
