@@ -11,11 +11,14 @@ from .base import Candidate, Status, Task
 from .buildcache import BuildFolder, remember_hang, remembered_hang
 from .children import Child
 from .gpulock import gpu_turn
+from .gpuroom import Promise, note_shortage, promised
 from .guards import Guard, parse_guards
 from .spending import Spending
 from .worker import Ended, Worker
 
 TIMING_SLOTS = 2
+GIVE_BACK_S, LOOK_AGAIN_S = 1.5, 0.05
+"""For other workers to end what they keep on the GPU: the driver takes a while to end a context."""
 ACQUITTALS = 4
 LOADING, CONSTRUCTING = "loading the reference", "constructing ModelNew"
 
@@ -23,8 +26,11 @@ LOADING, CONSTRUCTING = "loading the reference", "constructing ModelNew"
 class Checked(Spending):
     """The first stages of one candidate on one worker; each raises Ended when it ends there.
 
-    held: what is given back when the verdict has been told.
+    held: what is given back when the verdict has been told. crowded: the GPU's memory was too short before, so that
+    this one has the GPU to itself from its first byte there.
     """
+
+    crowded = False
 
     def __init__(self, worker: Worker, request: dict[str, Any], held: ExitStack) -> None:
         super().__init__(lambda stage: worker.link.send({"job": self.job, "stage": stage}), request.get("arrived"))
@@ -135,8 +141,7 @@ class Checked(Spending):
             if not self.has_turn:
                 self._take_gpu(self.turn)
                 self._keep_turn(self.turn)
-            if not (self.limits.parallel_checks and self._has_room()):
-                self.waited_s += self.gpu.alone()
+            self._take_room()
         finally:
             end = time.monotonic()
             self.own_s += max(0.0, (self.imported_at or self.child.heard or end) - started)
@@ -173,6 +178,9 @@ class Checked(Spending):
         """Wait for the GPU. Waiting counts as such from when the candidate could have gone on."""
         start = time.monotonic()
         self.gpu = turn.enter_context(gpu_turn(self.worker.device, self.worker.wait))
+        if self.crowded:
+            note_shortage(self.worker.device)
+            self.gpu.alone()
         if self.child.inbox or self.child.ended or not self.child.pending:
             self.waited_s += max(0.0, time.monotonic() - max(start, self.child.heard))
 
@@ -184,13 +192,40 @@ class Checked(Spending):
         self.turn.callback(self.worker.clear_gpu)
         self.worker.require_gpu()
 
-    def _has_room(self) -> bool:
-        """Does the GPU hold this evaluation beside another of its kind? If more than that, judges may wait there."""
+    def _take_room(self) -> None:
+        """Go on beside others where the GPU holds another evaluation of this kind too, else alone.
+
+        Where even one lacks memory then, workers are asked for what they keep for later.
+        """
+        with self.gpu.looking():
+            free, need = self._room()
+            free -= promised(self.worker.device)
+            beside = self.limits.parallel_checks and free > 2 * need
+            if beside:
+                self._promise(need)
+        # If the GPU holds more than that, judges may wait there.
+        self.worker.note_room(not self.lent and free > (2 + self.limits.judges) * need)
+        if not beside:
+            self.waited_s += self.gpu.alone()
+            self._promise(need)
+            self._ask_for_room(need)
+
+    def _promise(self, need: int) -> None:
+        self.turn.callback(Promise(self.worker.device, need).close)
+
+    def _ask_for_room(self, need: int) -> None:
+        start = time.monotonic()
+        if self._room()[0] < need:
+            note_shortage(self.worker.device)
+            while self._room()[0] < need and time.monotonic() < start + GIVE_BACK_S:
+                self.worker.wait(LOOK_AGAIN_S)
+        self.waited_s += time.monotonic() - start
+
+    def _room(self) -> tuple[int, int]:
+        """Bytes of the GPU that are free, and that this evaluation needs."""
         self.worker.ask(self.judge, {"op": "room", "sets": self.sets})
         answer = self._judge_reply(LOADING)
-        free, need = int(answer["free"]), int(answer["need"])
-        self.worker.note_room(not self.lent and free > (2 + self.limits.judges) * need)
-        return free > 2 * need
+        return int(answer["free"]), int(answer["need"])
 
     def _judge_reply(self, doing: str, unless: Child | None = None) -> dict[str, Any]:
         return self.worker.reply(self.judge, self.limits.task_s, doing, unless=unless)

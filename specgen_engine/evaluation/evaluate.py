@@ -14,6 +14,7 @@ from .buildcache import BuildFolder
 from .candidates.forms import detect_form
 from .engine_turn import engine_still
 from .gpulock import gpu_turn
+from .gpuroom import is_refused_memory, note_shortage
 from .guards import Guard
 from .profile.base import AUTO
 from .profile.floor import share_of_roofline
@@ -95,7 +96,8 @@ class Evaluation(Timed):
 def evaluate(worker: Worker, request: dict[str, Any]) -> None:
     """Tell the verdict, then clear away what it left. Raises only PoolGone.
 
-    One whose judge or candidate was killed is made again, once, in fresh processes; the verdict says so.
+    One whose judge or candidate was killed is made again, once, in fresh processes; so is one that met a GPU without
+    memory, and then it has that GPU to itself. The verdict says so.
     """
     if lost := _evaluate(worker, request):
         _evaluate(worker, request, lost)
@@ -105,6 +107,7 @@ def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
     """Why it is to be made again, with nothing told; "" once the verdict is. lost: why it was made once more."""
     with ExitStack() as held:
         evaluation = Evaluation(worker, request, held)
+        evaluation.crowded = worker.on_gpu and bool(lost) and is_refused_memory(Status.RUNTIME_ERROR, lost)
         held.callback(worker.silence_candidate)
         verdict: dict[str, object] = {
             "candidate": evaluation.candidate.hash,
@@ -125,7 +128,8 @@ def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
                 "extra_ms": evaluation.extra_ms,
             }
         except Ended as ended:
-            if isinstance(ended, Lost) and not lost:
+            short = worker.on_gpu and is_refused_memory(ended.status, ended.reason)
+            if not lost and (isinstance(ended, Lost) or short):
                 return ended.reason
             evaluation.note_hang(ended)
             verdict |= {"status": ended.status, "reason": ended.reason, "digest": ended.digest}
@@ -146,19 +150,25 @@ def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
 def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
     """The message with what is wrong with a task, None when nothing is. Raises only PoolGone.
 
-    Where the judge was killed it is asked again, once.
+    Where the judge was killed it is asked again, once; where the GPU had no memory, with the GPU to itself.
     """
-    try:
-        try:
-            error = _probe(worker, request)
-        except Lost:
-            error = _probe(worker, request)
-    except Ended as ended:
-        error = ended.reason.removeprefix("the task's reference failed: ")
+    error, again = _try_task(worker, request, alone=False)
+    if again:
+        error, _ = _try_task(worker, request, alone=worker.on_gpu and is_refused_memory(Status.RUNTIME_ERROR, again))
     return {"job": request["job"], "task": error}
 
 
-def _probe(worker: Worker, request: dict[str, Any]) -> str | None:
+def _try_task(worker: Worker, request: dict[str, Any], *, alone: bool) -> tuple[str | None, str]:
+    """What is wrong with the task, and why another try may find otherwise ("": it would not)."""
+    try:
+        error, lost = _probe(worker, request, alone), False
+    except Ended as ended:
+        error, lost = ended.reason.removeprefix("the task's reference failed: "), isinstance(ended, Lost)
+    short = worker.on_gpu and error is not None and is_refused_memory(Status.RUNTIME_ERROR, error)
+    return error, (error or "") if lost or short else ""
+
+
+def _probe(worker: Worker, request: dict[str, Any], alone: bool) -> str | None:
     """Run the reference; what it says is wrong. Raises Ended when its process does not answer."""
     judge = worker.judge_for(Task(**request["task"]))
     while judge.pending:
@@ -166,7 +176,10 @@ def _probe(worker: Worker, request: dict[str, Any]) -> str | None:
     with ExitStack() as held:
         regions: tuple[int, ...] = ()
         if worker.on_gpu:
-            held.enter_context(gpu_turn(worker.device, worker.wait))
+            turn = held.enter_context(gpu_turn(worker.device, worker.wait))
+            if alone:
+                note_shortage(worker.device)
+                turn.alone()
             held.callback(worker.release_judge)
             held.callback(judge.close_fds)
         else:

@@ -1,8 +1,9 @@
 """Turns on one GPU: many may check their candidates side by side, a timed run has the GPU to itself.
 
-Three lock files a GPU, all flock: the kernel frees them when their owner dies. `room` is held shared while checking
-and alone while timing; `gate` is held on the way into the room, so that nobody is overtaken for ever; `want` is held
-shared by those who wait to time: they go before newcomers, so that what has been started gets finished.
+Lock files of a GPU, all flock: the kernel frees them when their owner dies. `room` is held shared while checking and
+alone while timing; `gate` is held on the way into the room, so that nobody is overtaken for ever; `want` is held shared
+by those who wait to time: they go before newcomers, so that what has been started gets finished; `admit` is held while
+the GPU's free memory is looked at and promised (gpuroom.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class GpuTurn:
 
     def __init__(self, device: str, between: Callable[[float], None]) -> None:
         self._between = between
-        self._fds = {name: lock_file(device, name) for name in ("room", "gate", "want")}
+        self._fds = {name: lock_file(device, name) for name in ("room", "gate", "want", "admit")}
+        self.is_alone = False
 
     def share(self) -> float:
         """Enter beside others who don't time; returns the seconds waited."""
@@ -37,6 +39,8 @@ class GpuTurn:
 
     def alone(self) -> float:
         """Have the GPU to oneself from now on; returns the seconds waited."""
+        if self.is_alone:
+            return 0.0
         start = time.monotonic()
         self._wait("want", fcntl.LOCK_SH)
         self._free("room")
@@ -44,7 +48,18 @@ class GpuTurn:
         self._wait("room", fcntl.LOCK_EX)
         self._free("gate")
         self._free("want")
+        self.is_alone = True
         return time.monotonic() - start
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Nobody else looks at the GPU's free memory or is promised any."""
+        self._wait("admit", fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if self._fds:
+                self._free("admit")
 
     def close(self) -> None:
         """Leave; whatever was held is free."""
@@ -77,9 +92,12 @@ def gpu_turn(device: str, between: Callable[[float], None]) -> Iterator[GpuTurn]
 
 def lock_file(device: str, lock: str) -> int:
     """An open descriptor of a device's lock file, the same file for all processes of this user; device: cpu, cuda:N."""
-    if device == "cpu":
-        return _open(Path(tempfile.gettempdir()) / f"specgen-cpu-{os.getuid()}.{lock}")
-    return _open(Path(tempfile.gettempdir()) / f"specgen-gpu-{name_of_gpu(device)}-{os.getuid()}.{lock}")
+    return os.open(lock_path(device, lock), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def lock_path(device: str, lock: str) -> Path:
+    name = "cpu" if device == "cpu" else f"gpu-{name_of_gpu(device)}"
+    return Path(tempfile.gettempdir()) / f"specgen-{name}-{os.getuid()}.{lock}"
 
 
 def name_of_gpu(device: str) -> str:
@@ -87,7 +105,3 @@ def name_of_gpu(device: str) -> str:
     index = device.partition(":")[2] or "0"
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return visible[int(index)] if int(index) < len(visible) else index
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

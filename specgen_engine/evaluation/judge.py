@@ -92,6 +92,8 @@ class Judge:
                 largest_errors(results, results)
                 self.input_bytes = max(self.input_bytes, _bytes_of(inputs))
                 self.output_bytes = max(self.output_bytes, _bytes_of(results))
+                del inputs, results
+            torch.cuda.empty_cache()  # until it is begun, it may wait for others who need the memory
         self.placed = True
 
     def warm_calls(self) -> dict[str, object]:

@@ -21,6 +21,7 @@ from .buildcache import PreparedFolder
 from .builds import lean
 from .children import Child
 from .digest import error_digest, is_compile_error
+from .gpuroom import last_shortage
 from .gpustate import GpuState
 from .guards import Guard
 from .limits import EvaluationLimits
@@ -99,6 +100,7 @@ class Processes:
         self.regions: tuple[int, ...] = ()  # those on the host of the candidate that runs
         self.on_gpu = device.startswith("cuda")
         self.roomy = not self.on_gpu  # has the device memory for parked judges?
+        self.short_at = last_shortage(device) if self.on_gpu else 0
         self.gpu_fault = ""
         self.triton_base: Path | None = None
         self.gpu_state = GpuState(device, limits.lock_clocks) if self.on_gpu else None

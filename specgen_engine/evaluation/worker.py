@@ -16,6 +16,7 @@ from .base import Candidate, Status, Task
 from .buildcache import BuildFolder, PreparedFolder, sweep
 from .children import Child
 from .gpulock import gpu_turn
+from .gpuroom import last_shortage
 from .guards import Guard
 from .processes import TICK_S, Ended, Link, Lost, PoolGone, Processes
 from .wire import Channel
@@ -28,6 +29,8 @@ LOADING_REPLIES = 2
 QUIET_S = 2.0
 """A pool that has not answered by then cannot keep others' copies away; the timing says so."""
 WARM_S = 30.0
+IDLE_S = 0.25
+"""How soon an idle worker notices that the GPU's memory is short."""
 TRITON_DRIVER, TRITON_DRIVER_S = "triton-driver", 30.0
 
 
@@ -78,6 +81,14 @@ class Worker(Processes):
         """Their contexts take the driver a while to end: they are waited for with the candidate's."""
         for judge, _ in list(self.parked.values()):
             self._silence(judge, patience_s=0.0)
+
+    def pump(self, seconds: float) -> None:
+        super().pump(seconds)
+        if self.on_gpu and (said := last_shortage(self.device)) != self.short_at:
+            self.short_at = said
+            self.end_parked()
+            if not self.job and self.judge is not None:
+                self._silence(self.judge, patience_s=0.0)
 
     def _new_judge(self, task: Task) -> Child:
         seed = int.from_bytes(os.urandom(6), "little")
@@ -273,7 +284,8 @@ class Worker(Processes):
                     self.link.cancelled.discard(self.job)
                     self.job = ""
                     self.renew_spare()
-                self.pump(5.0)
+                self.pump(IDLE_S)
+                self.bury_candidate()  # judges that were ended for want of memory
         except (PoolGone, BrokenPipeError, ConnectionResetError):
             pass
         finally:

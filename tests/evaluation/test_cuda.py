@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
+from specgen_engine.evaluation.gpuroom import last_shortage
 from specgen_engine.pools.local import LocalPool
 
 from .conftest import LIMITS, TASK, module
@@ -146,3 +148,38 @@ def test_a_kernel_s_time_is_that_of_its_graph_once_the_host_is_ahead(tmp_path: P
     assert verdict.conditions["host_behind"]["candidate"] < 0.5, verdict
     assert verdict.candidate_ms == pytest.approx(verdict.extra_ms["candidate_graph"], rel=0.15), verdict
     assert len(verdict.conditions["rounds_ms"]) >= 3
+
+
+HEAVY = Task(
+    TASK.source.replace(
+        "super().__init__()", "super().__init__(); self.kept = torch.nn.Parameter(torch.zeros(1 << 29))"
+    ),
+    "softmax beside 2 GiB of weights",
+)
+LEFT_GIB = 8
+"""LARGE needs a little more, beside the contexts of two workers, where the judge of HEAVY keeps its weights."""
+
+
+@pytest.mark.gpu(count=1)
+def test_a_full_gpu_is_no_candidates_fault(tmp_path: Path) -> None:
+    async def session() -> list[Verdict]:
+        pool = LocalPool(workers=2, device="cuda:0", limits=replace(LIMITS, check_s=20), cache=tmp_path)
+        await pool.start()
+        try:
+            heavy = await pool.submit(HEAVY, Candidate(module(LAUNCH, top=TRITON)), search="test").verdict()
+            free, _ = torch.cuda.mem_get_info()
+            ballast = torch.empty(max(0, free - (LEFT_GIB << 30)), dtype=torch.uint8, device="cuda:0")
+            large = [
+                pool.submit(LARGE, Candidate(module(LAUNCH, top=f"{TRITON}# {i}")), search="test") for i in range(3)
+            ]
+            crowded = [await job.verdict() for job in large]
+            del ballast
+            return [heavy, *crowded]
+        finally:
+            await pool.close()
+
+    before = last_shortage("cuda:0")
+    verdicts = asyncio.run(session())
+    print([(verdict.status, verdict.conditions.get("made_again")) for verdict in verdicts])
+    assert [verdict.status for verdict in verdicts] == [Status.CORRECT] * 4
+    assert last_shortage("cuda:0") > before, "memory was short, and somebody was asked for it"

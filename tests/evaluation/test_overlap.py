@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +16,11 @@ import pytest
 from specgen_engine.evaluation import checked
 from specgen_engine.evaluation.base import Stage, Status, Task
 from specgen_engine.evaluation.checked import Checked
+from specgen_engine.evaluation.gpuroom import promised
 
 from .conftest import TASK, module
 
-BUILD_S = 1.0
+BUILD_S, DEVICE = 1.0, "cuda:77"
 SLOW = f"import time; time.sleep({BUILD_S})"
 
 
@@ -59,23 +62,29 @@ class Script:
         self.said, self.log = said, list[str]()
         self.judge = SimpleNamespace(kind="judge", inbox=[], ended=False, pending=2, fds=[], close_fds=lambda: None)
         self.child = SimpleNamespace(kind="candidate", inbox=[], ended=False, pending=1, heard=0.0)
-        self.on_gpu, self.judge_placed, self.stage, self.device = True, False, "import", "cuda:0"
+        self.on_gpu, self.judge_placed, self.stage, self.device = True, False, "import", DEVICE
+        self.free: list[int] = []  # bytes of the GPU at each look, of which one evaluation needs 1
         monkeypatch.setattr(checked, "gpu_turn", self._turn)
 
-    def _turn(self, *_: object) -> Any:
-        stack = ExitStack()
+    @contextmanager
+    def _turn(self, *_: object) -> Iterator[Any]:
         self.log.append("turn")
-        stack.callback(self.log.append, "turn ends")
-        return stack
+        yield SimpleNamespace(looking=nullcontext, alone=self._alone)
+        self.log.append("turn ends")
+
+    def _alone(self) -> float:
+        self.log.append("alone")
+        return 0.0
 
     def wait(self, seconds: float) -> None:
-        raise AssertionError("nobody else has the GPU")
+        assert self.free, "nobody else has the GPU"
 
     def ask(self, who: Any, message: dict[str, Any], fds: object = ()) -> None:
         self.log.append(f"{who.kind} {message['op']}")
         who.pending += 1
         replies = {"place": "placed", "room": "room", "construct": "constructed"}
-        who.inbox.append({"event": replies[message["op"]], "free": 9, "need": 1})
+        free = self.free.pop(0) if message["op"] == "room" and self.free else 9
+        who.inbox.append({"event": replies[message["op"]], "free": free, "need": 1})
 
     def reply(self, who: Any, seconds: float, doing: str, unless: Any = None, **_: object) -> dict[str, Any]:
         while not who.inbox:
@@ -102,22 +111,38 @@ class Script:
         self.log.append("cleared")
 
 
-def imported(said: list[tuple[str, dict[str, Any]]], source: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def imported(
+    said: list[tuple[str, dict[str, Any]]],
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+    free: Sequence[int] = (),
+    crowded: bool = False,
+) -> list[str]:
     """What happens while a candidate is imported on a GPU, to the end of its turn."""
-    script = Script(said, monkeypatch)
+    script = Script(list(said), monkeypatch)
+    script.free = list(free)
     request = {"job": "j", "task": {"source": TASK.source, "name": "t"}, "candidate": source}
     script.limits = SimpleNamespace(check_seeds=2, parallel_checks=True, task_s=1, compile_s=1, judges=3)  # type: ignore[attr-defined]
     self = Checked(script, request, ExitStack())  # type: ignore[arg-type]
     self.judge, self.child = script.judge, script.child  # type: ignore[assignment]
+    self.crowded, others = crowded, promised(DEVICE)
     with self.turn:
         self._import_on_gpu()
+        script.log.append(f"{promised(DEVICE) - others} promised")
+    assert promised(DEVICE) == others
     return script.log
 
 
 LOADED = ("judge", {"event": "loaded", "init": {"l": []}, "seed": 1})
 TENSORS = ("judge", {"event": "loaded", "init": None, "seed": 1})
 BUILT, IMPORTED = ("judge", {"event": "built"}), ("candidate", {"event": "imported"})
-PLACE, END = ["judge place", "judge: placed"], ["cleared", "turn ends"]
+PLACE, END = ["judge place", "judge: placed"], ["1 promised", "cleared", "turn ends"]
+LOOK = ["judge room", "judge: room"]
 ROOM = ["judge room", "judge: room", "room for judges"]
 
 
