@@ -52,10 +52,30 @@ class Forks:
         self._suffix_ids = engine.encode(fork_suffix(options.style, plan.nudge))
         self._by_rid: dict[str, ForkRecord] = {}
         self._made_at: set[int] = set()
+        self._awaited: list[TriggerFired] = []
         self._texts: dict[str, Output] = {}
         self._views: dict[int, View] = {}
         self._last = 0
         self._feedback = ""
+
+    def await_tokens(self, message: TriggerFired) -> None:
+        """A trigger message overtakes the tokens it speaks of."""
+        self._awaited.append(message)
+
+    def await_asked(self, length: int, inserted: int) -> None:
+        """The fork point that somebody asked for by name is made. length, inserted: tokens, the prompt's included."""
+        reasoning = length - len(self.options.prompt_ids)
+        self.await_tokens(
+            TriggerFired(
+                rid=self.record.id, trigger=ASKED, length=length, reasoning_tokens=reasoning, inserted=inserted
+            )
+        )
+
+    def due(self, known: int) -> list[TriggerFired]:
+        """Messages whose tokens are here now. known: tokens of the prompt and of the base so far."""
+        due = [message for message in self._awaited if message.length <= known]
+        self._awaited = [message for message in self._awaited if message.length > known]
+        return due
 
     def make(self, message: TriggerFired, base: Output, best: float) -> None:
         """Fork the base where the trigger fired, unless the adaptive policy or a cap is against it.
@@ -117,7 +137,7 @@ class Forks:
         left_s = self.learner.expected_left(task, position) * pace_s
         answer = min(self.learner.answer_tokens(task), self.plan.fork_tokens)
         advice = self.pool.admission(
-            1, left_s, generate_s=answer * pace_s, coming=self.budget.in_flight,
+            1, left_s, generate_s=answer * pace_s, coming=self.budget.in_flight, elapsed_s=seconds,
             grace_s=0.0 if self.options.streaming else self.options.grace_s,
         )  # fmt: skip
         if advice.forks or (advice.idle and not self.record.forks):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, LateFork, SearchRecord
-from specgen_engine.evaluation.base import Stage
+from specgen_engine.evaluation.base import Job, Stage
 
 Publish = Callable[[str, dict[str, Any]], None]
 PROGRESS_S = 0.25
@@ -46,6 +46,12 @@ class Notes:
 
     def stage(self, candidate: str, stage: Stage) -> None:
         self._say("stage", {"hash": candidate, "stage": str(stage)})
+
+    async def follow(self, candidate: CandidateRecord, job: Job) -> None:
+        """Tell the stages of its evaluation until it has a verdict."""
+        async for stage in job.events():
+            if candidate.status is None:
+                self.stage(candidate.hash, stage)
 
     def ended(self) -> None:
         self._say("ended", summary_of_search(self._record))

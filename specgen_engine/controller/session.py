@@ -12,10 +12,13 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 from specgen_engine.controller.answers import extract_candidate
+from specgen_engine.controller.background import Background
+from specgen_engine.controller.base_request import BaseRequest
+from specgen_engine.controller.client import Client
 from specgen_engine.controller.competition import Competition
 from specgen_engine.controller.engine import Engine, Output
 from specgen_engine.controller.events import (
@@ -32,35 +35,25 @@ from specgen_engine.controller.events import (
     TaskChecked,
     VerdictIn,
 )
-from specgen_engine.controller.forking import ASKED, Forks
+from specgen_engine.controller.forking import Forks
+from specgen_engine.controller.grace import OWN_GRACES, Grace
 from specgen_engine.controller.graft import graft
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes, Publish, ignore
-from specgen_engine.controller.report import CandidateRecord, ForkRecord, SearchRecord, summary_of
+from specgen_engine.controller.opening import opened_record, opening
+from specgen_engine.controller.report import CandidateRecord, ForkRecord, summary_of
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.termination import Decision, Progress
-from specgen_engine.controller.thinking import Phase, ReasoningPhase, fork_suffix, split_thinking
+from specgen_engine.controller.thinking import fork_suffix
 from specgen_engine.controller.triggers import name_of
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Job, Pool, Status, Verdict
-from specgen_engine.protocol import (
-    EndSearch,
-    ForkPoint,
-    ForkPointDone,
-    ReplayScript,
-    TriggerFired,
-    WatchSearch,
-    forks_of,
-)
+from specgen_engine.pools.policy import late_s
+from specgen_engine.protocol import EndSearch, ForkPoint, ForkPointDone, TriggerFired, forks_of
 
 logger = logging.getLogger(__name__)
 DISCONNECT_POLL_S = 1.0
 CLEAN_UP_S = 10.0
-# Graces more for the base's own verdict; by default 300 s, the limits of one evaluation together.
-OWN_GRACES = 10
-LATE_SHARE = 0.025
-"""Of a search's time so far: what candidates without a verdict get once the base's own answer is known to be right. As
-much as the adaptive trigger lets forks cost; on two H200 a search had waited 7.7 s of 90 for one that was no better."""
 
 
 class Session:
@@ -74,44 +67,29 @@ class Session:
         self.engine, self.pool, self.budget, self.script = engine, pool, budget, script
         self.state = State.PREPARING
         self.sent = Sent()
-        self.record = SearchRecord(
-            id=rid, task=plan.task.name, task_hash=plan.task.hash, trigger=plan.trigger, termination=plan.termination,
-            created=time.time(), named=plan.named, prompt_tokens=len(options.prompt_ids),
-        )  # fmt: skip
-        if script is not None:
-            self.record.trace, self.record.iteration = script.trace, script.number
-            self.record.recorded_reasoning_tokens = script.reasoning_tokens
+        self.record = opened_record(rid, plan, options, script)
         self._start = time.monotonic()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
-        self._client: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
-        self._phase = ReasoningPhase(options.style, options.opened)
-        self._phase_seen = 0
-        self._phase_state = self._phase.start()
-        self._base = Output([], "", {})
-        self._base_done = False
+        self._client = Client(plan.named)
+        self._base = BaseRequest(options.style, options.opened, engine.encode)
         self._checked = False
-        self._held: list[Output] = []
-        self._triggers: list[TriggerFired] = []
+        self._background = Background()
         self._competition = Competition(plan.task, plan.termination, pool, self.record, self._now)
         self._notes = Notes(self.record, publish, self._now)
         self._forks = Forks(
             plan, options, engine, pool, budget, script, self.record, self._notes, learner or Learner(""), self._now,
-            self._spawn, self._events.put_nowait,
+            self._background.spawn, self._events.put_nowait,
         )  # fmt: skip
-        self._tasks: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
-        self._grace: asyncio.TimerHandle | None = None
-        self._graces = 0
+        self._grace = Grace(lambda: self._events.put_nowait(GraceOver()))
 
     # ---- the client's side
 
     async def outputs(self) -> AsyncIterator[Output]:
         """Outputs for the client: every step when streaming, else one. Raises what the base request raised."""
         self._main = asyncio.create_task(self._run(), name=f"specgen-{self.rid}")
-        while (item := await self._client.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        async for output in self._client.outputs():
+            yield output
 
     def notify(self, message: TriggerFired | ForkPointDone) -> None:
         """A message from the scheduler."""
@@ -122,9 +100,9 @@ class Session:
 
         Raises ValueError when the base does not reason any more.
         """
-        if self.state is not State.REASONING or not self._base.ids:
+        if self.state is not State.REASONING or not self._base.tokens:
             raise ValueError(f"search {self.rid} is {self.state.value}: only a running reasoning can be forked")
-        length = len(self.options.prompt_ids) + len(self._base.ids)
+        length = self._known()
         self.engine.send(ForkPoint(rid=self.rid, length=length))
         return length
 
@@ -134,7 +112,7 @@ class Session:
 
     def output_tokens(self) -> int:
         """Of the base so far."""
-        return len(self._base.ids)
+        return self._base.tokens
 
     def close(self) -> asyncio.Task[None] | None:
         """The client is gone or has its answer: cancel what still runs. Returns the task that cleans up, if any."""
@@ -161,49 +139,29 @@ class Session:
             self._end("cancelled", "the client went away")
         except Exception as error:
             self._end("error" if not isinstance(error, RequestError) else "cancelled", str(error))
-            self._client.put_nowait(error)
+            self._client.fail(error)
         finally:
-            self._client.put_nowait(None)
+            self._client.end()
             await self._clean_up()
 
     def _open(self) -> None:
-        plan, style = self.plan, self.options.style
-        self.engine.send(
-            WatchSearch(
-                rid=self.rid,
-                trigger=plan.trigger,
-                open_mark=style.open,
-                close_mark=style.close,
-                opened=self.options.opened,
-            )
-        )
-        if self.script is not None:
-            self.engine.send(
-                ReplayScript(
-                    rid=self.rid,
-                    prompt_tokens=len(self.options.prompt_ids),
-                    ids=self.script.base_ids(self.options.opened),
-                )
-            )
+        for message in opening(self.rid, self.plan, self.options, self.script):
+            self.engine.send(message)
         self.state = State.REASONING
         self.record.state = self.state.value
         self._notes.started()
-        self._spawn(self._check_task())
-        self._spawn(self._pump_base())
+        self._background.spawn(self._check_task())
+        self._background.spawn(self._pump_base())
 
     def _handle(self, event: Any) -> None:
         match event:
             case BaseOutput(output):
                 self._on_base(output)
             case TriggerFired():
-                self._triggers.append(event)
+                self._forks.await_tokens(event)
                 self._fork_where_due()
             case ForkPointDone(asked=asked, inserted=inserted):
-                reasoning = asked - len(self.options.prompt_ids)
-                fired = TriggerFired(
-                    rid=self.rid, trigger=ASKED, length=asked, reasoning_tokens=reasoning, inserted=inserted
-                )
-                self._triggers.append(fired)
+                self._forks.await_asked(asked, inserted)
                 self._fork_where_due()
             case ForkDone(record, output, error):
                 self._on_fork(record, output, error)
@@ -236,88 +194,62 @@ class Session:
             self.record.warning = f"task not used: {problem}"
             logger.warning("specgen %s: task found in the prompt not used: %s", self.rid, problem)
         self._checked = True
-        for output in self._held:
-            self._deliver(output)
-        self._held.clear()
+        self._client.release()
         if self.state is State.COMPETING:
             self._conclude_when_idle()
         else:
             self._decide()
 
     def _on_base(self, output: Output) -> None:
-        self._base = output
-        self._advance_phase()
-        self._notes.progress(len(output.ids), output.text, self.state.value)
-        finish = output.finish
+        finish = self._base.take(output)
+        self._notes.progress(self._base.tokens, output.text, self.state.value)
         if finish is not None:
-            self._base_done = True
             return self._on_base_end(output, finish)
-        if self.state is State.REASONING and self._phase_state.phase is Phase.ANSWER and self.options.style.close:
+        if self.state is State.REASONING and self._base.has_closed_thinking:
             self.state = State.ANSWERING
-            self._forks.reasoned(self._reasoned())
+            self._forks.reasoned(self._base.tokens)
             self.record.reasoning_s = self._now()
             if self.options.streaming:
                 self._end_competition()
         self._fork_where_due()
         if self.options.streaming:
-            self._deliver(output)
+            self._client.deliver(output)
         if self._competition.watches_progress:
             self._decide()
-
-    def _advance_phase(self) -> None:
-        """Text since the last output in one piece: the machine takes pieces of any length."""
-        piece = self._base.text[self._phase_seen :]
-        self._phase_seen = len(self._base.text)
-        if piece:
-            self._phase_state = self._phase.step(self._phase_state, piece)
-
-    def _deliver(self, output: Output) -> None:
-        """A request that named a task hears nothing before its task is known to work: an error must still be a 400."""
-        if self._checked or not self.plan.named:
-            self._client.put_nowait(output)
-        else:
-            self._held.append(output)
 
     def _on_base_end(self, output: Output, finish: dict[str, Any]) -> None:
         if finish.get("type") == "abort":
             self._deliver_last(output, "cancelled", str(finish.get("message") or "aborted"))
             return
         self.record.reasoning_s = self.record.reasoning_s or self._now()
-        if self.state is State.REASONING and self._phase_state.phase is Phase.ANSWER and self.options.style.close:
-            self._forks.reasoned(self._reasoned())
-        _, answer = split_thinking(self.options.style, self.options.opened, output.text)
+        if self.state is State.REASONING and self._base.has_closed_thinking:
+            self._forks.reasoned(self._base.tokens)
+        answer = self._base.answer()
         source = extract_candidate(answer if answer is not None else output.text)
         self._forks.stop()
         if self.options.streaming:
             self._end_competition()
-            self._deliver(output)
+            self._client.deliver(output)
         if source is not None and (self.plan.named or not self.options.streaming):
             self._submit(source, "base", None, "final" if self.script is not None else None)
         self.state = State.COMPETING
-        self._start_grace(self.options.grace_s)
-        self._hurry_once_right()
+        self._await_late()
         self._conclude_when_idle()
 
-    def _start_grace(self, seconds: float) -> None:
-        if self._grace is not None:
-            self._grace.cancel()
-        self._graces += 1
-        self._grace = asyncio.get_running_loop().call_later(seconds, self._events.put_nowait, GraceOver())
-
-    def _hurry_once_right(self) -> None:
-        """The client could have its answer now: what is late is awaited only for a small share of the time so far."""
+    def _await_late(self) -> None:
+        """Candidates without a verdict, for as long as the policy leaves them."""
         own = self._competition.own
-        if own is not None and own.status is Status.CORRECT:
-            self._start_grace(min(self.options.grace_s, LATE_SHARE * self._now()))
+        right = own is not None and own.status is Status.CORRECT
+        self._grace.start(late_s(self.options.grace_s, self._grace.waited(), self._now(), own_right=right))
 
     def _on_grace_over(self) -> None:
         """Other candidates are given up; the base's own verdict, which says what its answer is worth, gets more time,
         unless a kernel that is known to be faster replaces the answer."""
-        if self._graces > 1 or self._winner() is not None or not self._competition.awaits_own():
+        if self._grace.times > 1 or self._winner() is not None or not self._competition.awaits_own():
             self._conclude()
             return
         self._competition.cancel(keep_own=True)
-        self._start_grace(OWN_GRACES * self.options.grace_s)
+        self._grace.start(OWN_GRACES * self.options.grace_s)
 
     def _conclude_when_idle(self) -> None:
         if not self._competition.jobs and self._checked:
@@ -329,14 +261,14 @@ class Session:
             return
         winner, own = self._winner(), self._competition.own
         if winner is not None:
-            self._accept(
-                Decision(winner.hash, f"better than the base's own answer, {winner.speedup:.3g}x"), "reasoning"
-            )
+            reason = f"better than the base's own answer, {winner.speedup:.3g}x"
+            self._accept(Decision(winner.hash, reason), "reasoning")
             return
         if own is not None and own.status is Status.CORRECT:
             self.record.accepted = summary_of(own)
-        self._checked = True
-        self._deliver_last(None if self.options.streaming else self._base, "reasoning", "the base answered by itself")
+        self._deliver_last(
+            None if self.options.streaming else self._base.output, "reasoning", "the base answered by itself"
+        )
 
     def _winner(self) -> CandidateRecord | None:
         """The candidate that would replace the base's own answer as things stand."""
@@ -346,38 +278,32 @@ class Session:
 
     def _deliver_last(self, output: Output | None, ended_by: str, reason: str) -> None:
         self._checked = True
-        for held in self._held:
-            self._client.put_nowait(held)
-        self._held.clear()
+        self._client.release()
         self._end(ended_by, reason)
         if output is not None:
-            self._client.put_nowait(output)
+            self._client.deliver(output)
 
     # ---- forks
 
     def _fork_where_due(self) -> None:
-        """A trigger message overtakes the tokens it speaks of; fork once they are here."""
-        known = len(self.options.prompt_ids) + len(self._base.ids)
-        due = [message for message in self._triggers if message.length <= known]
-        self._triggers = [message for message in self._triggers if message.length > known]
-        for message in due:
+        for message in self._forks.due(self._known()):
             if self.state is State.REASONING and not self.record.warning:
                 self._fork(message)
 
     def _fork(self, message: TriggerFired) -> None:
         if name_of(message.trigger) == "draft":
-            if (source := self._forks.harvest(message, self._base)) is not None:
+            if (source := self._forks.harvest(message, self._base.output)) is not None:
                 self._submit(source, "draft", None)
         else:
-            self._forks.make(message, self._base, self._competition.best_speedup())
+            self._forks.make(message, self._base.output, self._competition.best_speedup())
 
-    def _reasoned(self) -> int:
-        return len(self._base.ids)
+    def _known(self) -> int:
+        """Tokens of the prompt and of the base so far."""
+        return len(self.options.prompt_ids) + self._base.tokens
 
     def _progress(self) -> Progress:
-        return Progress(
-            self._now(), self._reasoned(), self._reasoned() + self.record.fork_tokens, self.record.evaluation_s
-        )
+        reasoned = self._base.tokens
+        return Progress(self._now(), reasoned, reasoned + self.record.fork_tokens, self.record.evaluation_s)
 
     def _on_fork(self, record: ForkRecord, output: Output | None, error: str) -> None:
         source = self._forks.finish(record, output, error)
@@ -394,7 +320,7 @@ class Session:
     def _submit(self, source: str, origin: Source, fork: ForkRecord | None, recorded: str | None = None) -> None:
         if self.state is State.ENDED or self.record.warning:
             return
-        at_token = fork.at_token if fork else self._reasoned()
+        at_token = fork.at_token if fork else self._base.tokens
         record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded, at_token)
         self._notes.candidate(record)
         if fork is not None:
@@ -402,16 +328,11 @@ class Session:
             if job is None:
                 self._forks.learn(fork.n, 0.0)
         if job is not None:
-            self._spawn(self._await_verdict(record, job))
-            self._spawn(self._follow_stages(record, job))
+            self._background.spawn(self._await_verdict(record, job))
+            self._background.spawn(self._notes.follow(record, job))
 
     async def _await_verdict(self, record: CandidateRecord, job: Job) -> None:
         self._events.put_nowait(VerdictIn(record, await job.verdict()))
-
-    async def _follow_stages(self, record: CandidateRecord, job: Job) -> None:
-        async for stage in job.events():
-            if record.status is None:
-                self._notes.stage(record.hash, stage)
 
     def _on_verdict(self, record: CandidateRecord, verdict: Verdict) -> None:
         self._competition.judge(record, verdict)
@@ -422,7 +343,7 @@ class Session:
             self._forks.tell(verdict.digest)
         if self.state is State.COMPETING:
             if record is self._competition.own:
-                self._hurry_once_right()
+                self._await_late()
             self._conclude_when_idle()
         else:
             self._decide()
@@ -437,21 +358,11 @@ class Session:
         self.record.accepted = summary_of(self._competition.candidates[decision.hash])
         answer = self._forks.answer(decision.hash)
         close_ids = self.engine.encode(fork_suffix(self.options.style))
-        _, own_answer = split_thinking(self.options.style, self.options.opened, self._base.text)
-        if own_answer is not None:
-            self._base = self._without_answer(own_answer)
-        final = graft(self._base, answer, close_ids, self.options.style)
+        final = graft(self._base.drop_answer(), answer, close_ids, self.options.style)
         self.record.answer_tokens = len(close_ids) + len(answer.ids)
-        if not self._base_done:
+        if not self._base.done:
             self.engine.abort(self.rid)
         self._deliver_last(final, ended_by, decision.reason)
-
-    def _without_answer(self, answer: str) -> Output:
-        """The base cut off before the closing mark: an unstreamed answer that lost, not part of what is returned."""
-        style, text = self.options.style, self._base.text
-        kept = text[: len(text) - len(answer) - len(style.close)].rstrip("\n")
-        dropped = len(self.engine.encode(text[len(kept) :]))
-        return Output(self._base.ids[: len(self._base.ids) - dropped], kept, self._base.meta)
 
     # ---- the end
 
@@ -463,44 +374,25 @@ class Session:
         record.state, record.ended_by, record.reason = self.state.value, ended_by, reason
         record.wall_s = self._now()
         record.reasoning_s = record.reasoning_s or record.wall_s
-        self._count_tokens()
-        record.ids.base = array("i", self._base.ids)
+        answer_tokens = self._base.answer_tokens()
+        record.reasoning_tokens = max(0, self._base.tokens - answer_tokens)
+        if ended_by == "reasoning" and not record.answer_tokens:
+            record.answer_tokens = answer_tokens
+        record.ids.base = array("i", self._base.output.ids)
         for fork in record.forks:
             if fork.state == "running":
                 fork.state = "cancelled"
         self._competition.close()
         self._notes.ended()
 
-    def _count_tokens(self) -> None:
-        """Reasoning and answer tokens of the base itself, by re-encoding the answer's text alone."""
-        _, answer = split_thinking(self.options.style, self.options.opened, self._base.text)
-        answer_tokens = len(self.engine.encode(answer)) if answer else 0
-        self.record.reasoning_tokens = max(0, len(self._base.ids) - answer_tokens)
-        if self.record.ended_by == "reasoning" and not self.record.answer_tokens:
-            self.record.answer_tokens = answer_tokens
-
     async def _clean_up(self) -> None:
         """Leave nothing behind: no request in the engine, no job in the pool, no state in the schedulers."""
-        if self._grace is not None:
-            self._grace.cancel()
-        self._stop_engine()
-        waiting = [task for task in self._tasks if not task.done()]
-        if waiting:
-            _, late = await asyncio.wait(waiting, timeout=CLEAN_UP_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-        self.engine.send(EndSearch(rid=self.rid, scripts=forks_of(self.rid)))
-
-    def _stop_engine(self) -> None:
-        if not self._base_done:
+        self._grace.stop()
+        if not self._base.done:
             self.engine.abort(self.rid)
         self._forks.stop_all()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._background.close(CLEAN_UP_S)
+        self.engine.send(EndSearch(rid=self.rid, scripts=forks_of(self.rid)))
 
     def _now(self) -> float:
         return round(time.monotonic() - self._start, 4)

@@ -239,6 +239,31 @@ def should_prepare(gpu: GpuView, own: RoleLoad, other: RoleLoad, now: float, con
     return ready < reserve and own.idle - ready >= max(2, config.balance_share * total)
 
 
+LATE_SHARE = 0.025
+"""Of a search's time so far: what candidates without a verdict get once the base's own answer is known to be right. As
+much as the adaptive trigger lets forks cost; on two H200 a search had waited 7.7 s of 90 for one that was no better."""
+
+
+def late_s(grace_s: float, waited_s: float, elapsed_s: float, *, own_right: bool) -> float:
+    """Seconds that candidates without a verdict still get after a base has answered.
+
+    grace_s: what they get at most, from its answer on.  waited_s: of it, so far.  elapsed_s: since the search began.
+    own_right: its own answer is judged and right, so the client could have it now.
+    """
+    left = max(0.0, grace_s - waited_s)
+    return min(left, LATE_SHARE * elapsed_s) if own_right else left
+
+
+def late_window_s(grace_s: float, elapsed_s: float, write_s: float, judge_s: float) -> float:
+    """Seconds after the end of its reasoning, elapsed_s into the search, that a base leaves to others if it answers
+    right: until its answer is written and judged, and late_s. Without a grace, as in a stream, the answer can't be
+    replaced once it begins: 0."""
+    if grace_s <= 0:
+        return 0.0
+    judged = min(judge_s, grace_s)
+    return write_s + judged + late_s(grace_s, judged, elapsed_s + write_s + judged, own_right=True)
+
+
 class Admission(NamedTuple):
     """Advice to the controller. forks: how many to make now.  feedback_s: when the first one's verdict is expected.
 
@@ -261,11 +286,14 @@ def admit(
     generate_s: float = 0.0,
     coming: int = 0,
     grace_s: float = 0.0,
+    elapsed_s: float = 0.0,
 ) -> Admission:
     """How many of the forks wanted would be judged before the reasoning ends by itself, remaining_s from now.
 
     A fork is generated and compiled while the backlog drains, then it is validated and profiled; each further one waits
-    for the pool to take it. It must be written before the reasoning ends, its verdict may come grace_s later.
+    for the pool to take it. It must be written before the reasoning ends; its verdict may come as much later as a right
+    answer of the base, written and judged as fast as a fork's, leaves it of grace_s (late_window_s).
+    elapsed_s: since the search began.
     coming: candidates of forks that are being written already.
     When the end is not known (remaining_s is not finite) all are admitted; else with no GPU in the pool none is.
     """
@@ -281,11 +309,12 @@ def admit(
         return Admission(wanted, first, "", idle)
     if gpus == 0:
         return Admission(0, first, "no evaluator GPU")
-    if generate_s > remaining_s or first > remaining_s + grace_s:
-        after = f", {grace_s:.1f} s after it count" if grace_s else ""
+    late = late_window_s(grace_s, elapsed_s + remaining_s, generate_s, compile_s + service)
+    if generate_s > remaining_s or first > remaining_s + late:
+        after = f", {late:.1f} s after it count" if late else ""
         left = f"{remaining_s:.1f} s of reasoning are left{after}"
         return Admission(0, first, f"written in {generate_s:.1f} s, feedback in {first:.1f} s, {left}", idle)
-    each, spare = service / gpus, remaining_s + grace_s - first
+    each, spare = service / gpus, remaining_s + late - first
     forks = wanted if spare >= each * wanted else min(wanted, 1 + int(spare / each))
     return Admission(forks, first, "" if forks == wanted else f"{forks} of {wanted} would be judged in time", idle)
 

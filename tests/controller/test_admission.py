@@ -81,7 +81,7 @@ def test_a_fork_whose_feedback_comes_after_the_reasoning_is_not_made_and_is_in_t
         (BusyPool(6), 0, {"streaming": True}, "nothing is known of the family"),
         (BusyPool(6), 50, {"streaming": True}, "no reasoning was as long as this one"),
         (BusyPool(1), 100, {"streaming": True}, "feedback comes in time"),
-        (BusyPool(6), 100, {"grace_s": 13.0}, "an answer that is not streamed can be replaced for so long"),
+        (BusyPool(3), 100, {"grace_s": 13.0}, "an answer that is not streamed can be replaced until it is judged, too"),
         (BusyPool(0, idle=2), 51, {"streaming": True}, "an idle pool gets the first fork of a search"),
     ],
     ids=["unknown", "outlived", "in time", "grace", "idle"],
@@ -91,6 +91,19 @@ def test_a_fork_is_made(pool: BusyPool, whole: int, options: dict[str, Any], why
         rig = rig_on(pool, whole, **options)
         assert await forked_at(rig, 50) == [50], why
         assert rig.session.record.late_forks == []
+        await rig.end_quietly()
+
+    run(body)
+
+
+@pytest.mark.parametrize("grace_s", [13.0, 600.0])
+def test_a_fork_that_only_the_grace_of_a_wrong_answer_would_save_is_not_made(grace_s: float) -> None:
+    """10 s are left, the base's answer is judged 5 s later: 25 s, of which others get a fortieth then."""
+
+    async def body() -> None:
+        rig = rig_on(BusyPool(6), grace_s=grace_s)
+        assert await forked_at(rig, 50) == []
+        assert rig.session.record.late_forks[0].reason.endswith("10.0 s of reasoning are left, 5.6 s after it count")
         await rig.end_quietly()
 
     run(body)

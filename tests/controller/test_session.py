@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from specgen_engine.controller.session import OWN_GRACES
+from specgen_engine.controller.grace import OWN_GRACES
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Candidate, Status
 from specgen_engine.protocol import EndSearch, WatchSearch

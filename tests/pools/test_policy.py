@@ -17,7 +17,6 @@ from specgen_engine.pools.policy import (
     Role,
     RoleLoad,
     Targets,
-    admit,
     quiet_s,
     reclaim_ahead,
     should_switch,
@@ -106,43 +105,6 @@ def test_a_single_gpu_gives_each_role_its_turn() -> None:
     assert not should_switch(gpu, own, other, 100.0 + CONFIG.share_s - 1, CONFIG)
     assert should_switch(gpu, own, other, 100.0 + CONFIG.share_s, CONFIG)
     assert not should_switch(gpu, own._replace(oldest=10.0), other, 200.0, CONFIG)
-
-
-def test_admission_counts_the_forks_that_are_judged_in_time() -> None:
-    idle = load(0, gpus=2), load(0, gpus=2)
-    assert admit(8, 100.0, *idle, compile_s=1.0, generate_s=10.0).forks == 8
-    assert admit(8, 21.0, *idle, compile_s=1.0, generate_s=10.0).forks == 1
-    assert admit(8, 26.0, *idle, compile_s=1.0, generate_s=10.0).forks == 3
-    late = admit(8, 100.0, load(100, gpus=2), load(0, gpus=2), compile_s=1.0, generate_s=10.0)
-    assert (late.forks, late.feedback_s) == (0, 137.5)
-    assert late.reason == "written in 10.0 s, feedback in 137.5 s, 100.0 s of reasoning are left"
-    assert admit(8, 100.0, load(gpus=0), load(gpus=0), compile_s=1.0, generate_s=1.0).reason == "no evaluator GPU"
-
-
-def test_admission_counts_what_runs_and_what_is_coming_but_an_idle_gpu_waits_for_nobody() -> None:
-    """Services take 5 s; two GPUs, one of them idle: the next candidate finds it, one more waits for half of both."""
-    half_idle = load(0, gpus=2, idle=1), load(0, gpus=0)
-    assert admit(1, 5.0, *half_idle).feedback_s == admit(1, 100.0, *half_idle).feedback_s == 10.0
-    assert admit(1, 100.0, *half_idle, coming=1).feedback_s == (2.5 + 10.0) / 2 + 10.0
-    assert admit(1, 100.0, load(0, gpus=2), load(0, gpus=0), coming=3).feedback_s == (5.0 + 30.0) / 2 + 10.0
-    assert [admit(1, 1.0, load(0, gpus=2, idle=idle), load(0, gpus=0), coming=coming).idle for idle, coming in
-            ((2, 0), (2, 1), (1, 0))] == [True, False, False]  # fmt: skip
-
-
-def test_admission_heeds_the_grace_after_a_reasoning_but_a_fork_must_be_written_before_its_end() -> None:
-    idle = load(0, gpus=2, idle=2), load(0, gpus=0)
-    assert admit(1, 4.0, *idle).forks == 0
-    assert admit(1, 4.0, *idle, grace_s=6.0).forks == 1
-    unwritten = admit(1, 4.0, *idle, generate_s=4.5, grace_s=600.0)
-    assert (unwritten.forks, unwritten.reason) == (
-        0, "written in 4.5 s, feedback in 14.5 s, 4.0 s of reasoning are left, 600.0 s after it count",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("left_s", [float("inf"), float("nan")])
-@pytest.mark.parametrize("gpus", [0, 2])
-def test_admission_without_a_known_end_takes_all(left_s: float, gpus: int) -> None:
-    assert admit(4, left_s, load(50, gpus=gpus), load(50, gpus=0), generate_s=float("inf")).forks == 4
 
 
 def test_lent_memory_is_asked_back_in_whole_chunks_and_before_it_is_needed() -> None:
