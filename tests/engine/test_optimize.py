@@ -48,7 +48,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def replaying(start_server: StartServer, recorded: Path) -> Iterator[Client]:
     """Ends each reasoning at the first correct kernel."""
-    words = ["--tiny", "--replay", str(recorded), "--specgen-trigger", "every:1000", "--specgen-termination", "correct"]
+    words = ["--tiny", "--replay", str(recorded), "--specgen-trigger", "every:400", "--specgen-termination", "correct"]
     with start_server(*words, "--specgen-evaluation-pause", "0.5") as client:
         yield client
 
