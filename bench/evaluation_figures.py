@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from specgen_engine.evaluation.base import Status
+from specgen_engine.evaluation.timing import BEHIND
 
 KINDS = ("triton", "torch", "cuda")
 AT_HAND_S = 0.03
@@ -97,6 +98,8 @@ def latency(rows: Rows) -> dict[str, Any]:
                 "overhead_s": percentiles([steps(row) for row in correct]),
                 "overhead_s_reference_at_hand": percentiles([steps(row) for row in at_hand]),
                 "overhead_s_another_task_before": percentiles([steps(row) for row in other]),
+                "overhead_s_in_making_contexts": percentiles([in_contexts(row) for row in correct]),
+                "overhead_s_by_step": by_step(correct),
                 "overhead_s_by_step_reference_at_hand": by_step(at_hand),
             }
     return figures
@@ -105,6 +108,11 @@ def latency(rows: Rows) -> dict[str, Any]:
 def steps(row: dict[str, Any]) -> float:
     """The harness's own seconds: what an evaluation took beyond its candidate's compiling, calls and timed blocks."""
     return sum(row["overhead"].values())
+
+
+def in_contexts(row: dict[str, Any]) -> float:
+    """Of these, on a GPU: making the candidate's context, or waiting for those of the spares."""
+    return row["overhead"].get("open", 0.0) + row["overhead"].get("spare", 0.0)
 
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
@@ -135,14 +143,34 @@ def repeats(first: Rows, second: Rows) -> dict[str, Any]:
     before = {row["candidate"]: row for row in first if row["speedup"]}
     pairs = [(before[row["candidate"]], row) for row in second if row["speedup"] and row["candidate"] in before]
     kernels = {a["candidate"]: _pair(a, b) for a, b in pairs}
-    return {
-        "pairs": len(kernels),
-        "intervals_overlap": sum(one["overlap"] for one in kernels.values()),
-        "relative_difference": spread([one["apart"] for one in kernels.values()]),
-        "cv": spread([one["cv"] for one in kernels.values()]),
-        "cv_of_candidate_ms": spread([one["cv_candidate_ms"] for one in kernels.values()]),
-        "kernels": kernels,
+    waits = {a["candidate"] for a, b in pairs if waits_for_the_host(a) or waits_for_the_host(b)}
+    split = {
+        "gpu_decides": [one for name, one in kernels.items() if name not in waits],
+        "host_decides": [kernels[name] for name in kernels if name in waits],
     }
+    found = _agreement(list(kernels.values())) | {name: _agreement(some) for name, some in split.items() if some}
+    return found | {"kernels": kernels}
+
+
+def waits_for_the_host(row: dict[str, Any]) -> bool:
+    """Did the GPU wait for the host in most calls of a side, so that the host's speed is in the figure?"""
+    return max((row.get("conditions") or {}).get("host_behind", {"": 0.0}).values()) > BEHIND
+
+
+def _agreement(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    widths = [(high - low) / 2 / known for one in pairs for known, (low, high) in _figures(one)]
+    return {
+        "pairs": len(pairs),
+        "intervals_overlap": sum(one["overlap"] for one in pairs),
+        "relative_difference": spread([one["apart"] for one in pairs]),
+        "cv": spread([one["cv"] for one in pairs]),
+        "cv_of_candidate_ms": spread([one["cv_candidate_ms"] for one in pairs]),
+        "half_width": spread(widths),
+    }
+
+
+def _figures(pair: dict[str, Any]) -> list[tuple[float, list[float]]]:
+    return list(zip(pair["speedups"], pair["intervals"], strict=True))
 
 
 def _pair(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,9 @@ class Verdict:
         candidate_graph (replays of the call as a CUDA graph) where it can be captured.
     conditions: of the GPU while it was timed: use (turn: other evaluations were kept off it; turn, quiet: KV copies
         too), clocks, temperature, power, throttling, each [before, after]; host_behind: of reference and candidate,
-        the share of calls that the GPU began before all of it was launched. On either device rounds_ms: the medians of
+        the share of calls that the GPU began before all of it was launched; cpu_wait: of the time in which either's
+        process had no CPU. On either device warning: where the speed-up is not known within 10 %, how well and why;
+        rounds_left_out: so many, in which alone the host came late; rounds_ms: the medians of
         [reference, candidate] in each round; asked_again: the suspicion for which timing was made once more; engine:
         ran, when one that serves on the device did not stand still. Of any verdict made_again: how the first try's
         process was killed, by none of the evaluation's; this is the second.

@@ -165,3 +165,12 @@ def supervisor_clock(device: str, threads: int, pid: int) -> Callable[[], int]:
             return 0
 
     return read
+
+
+def waited_for_cpu(pid: int) -> int | None:
+    """Nanoseconds that a process's main thread has wanted a CPU and had none; None where the kernel doesn't count."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None

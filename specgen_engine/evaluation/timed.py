@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from statistics import median
 from typing import Any, NamedTuple, TypeGuard
@@ -12,13 +13,14 @@ from . import children, sandbox
 from .base import Status
 from .checked import ACQUITTALS, TIMING_SLOTS, Checked
 from .children import Child
-from .clock import supervisor_clock
+from .clock import supervisor_clock, waited_for_cpu
 from .gpustate import conditions
 from .guards import Guard
-from .timing import Round, Speedup, floor_of, is_enough, skips_repeats, speedup, works_on
+from .timing import Round, Speedup, floor_of, is_enough, skips_repeats, speedup, undisturbed, warning, works_on
 from .worker import Ended, Lost, Worker
 
 CLOCK_SETTLES_S = 0.0003
+SIDES = ("reference", "candidate")
 EXTRA_S = 5.0
 MAX_REPEATS = 500
 MIN_REPEATS = 5
@@ -61,6 +63,7 @@ class Timed(Checked):
         self.repeats: list[int] = []
         self.rounds: list[Round] = []
         self.behind: list[tuple[float, float]] = []  # see timing.floor_of
+        self.cpu_wait: list[tuple[float | None, float | None]] = []  # of each round, see timing.warning
         self.unseen: list[tuple[int, int]] = []
         self.idle: list[bool] = []
         self.goes_on: list[bool] = []
@@ -93,9 +96,7 @@ class Timed(Checked):
             result = self._measure(slots, self._repeats_for_a_block(self.repeats[-self.calls :], self.walls[1]))
         if worker.on_gpu or self.lent:
             self.conditions = {"use": self.use} | conditions(before, self._gpu_state())
-        if worker.on_gpu:
-            shares = [round(median(side), 3) for side in zip(*self.behind, strict=True)]
-            self.conditions["host_behind"] = dict(zip(("reference", "candidate"), shares, strict=True))
+        self.conditions |= self._of_the_host(result)
         self.conditions["rounds_ms"] = [[median(side) / 1e6 for side in one] for one in self.rounds]
         if self.asked_again:
             self.conditions["asked_again"] = self.asked_again
@@ -105,7 +106,7 @@ class Timed(Checked):
     def _measure(self, slots: list[int], count: int) -> Speedup:
         """Blocks until the interval is small or the budget ends; these alone make the figure. count: of the first."""
         budget = time.monotonic() + self.limits.timing_budget_s
-        for kept in (self.rounds, self.behind, self.repeats, self.unseen, self.idle, self.goes_on):
+        for kept in (self.rounds, self.behind, self.cpu_wait, self.repeats, self.unseen, self.idle, self.goes_on):
             kept.clear()
         block = 0
         while True:
@@ -118,14 +119,25 @@ class Timed(Checked):
             self.repeats += self.rounds[-1].candidate
             count = self._repeats_for_a_block(times, self.walls[1])
             with self.step("interval"):
-                result = speedup(self.rounds)
-            done = is_enough(result, len(self.rounds), self.limits.precision, over=time.monotonic() > budget)
+                rounds = undisturbed(self.rounds, self.behind)
+                result = speedup(rounds)
+            done = is_enough(result, len(rounds), self.limits.precision, over=time.monotonic() > budget)
             if done or block < len(slots) or secrets.randbelow(4) == 0:
                 self._show(last)
             if done:
                 self.last_slot = last
-                return speedup(self.rounds, floor_of(self.behind))
+                return speedup(rounds, floor_of(self.behind))
             block += 1
+
+    def _of_the_host(self, result: Speedup) -> dict[str, Any]:
+        """In how many calls it came late, how long it had no CPU, and what that means for the figure."""
+        behind, cpu_wait = _by_side(self.behind), _by_side(self.cpu_wait)
+        told: dict[str, Any] = {"host_behind": behind, "cpu_wait": cpu_wait} if self.worker.on_gpu else {}
+        if left_out := len(self.rounds) - len(undisturbed(self.rounds, self.behind)):
+            told["rounds_left_out"] = left_out
+        if warned := warning(result, behind, cpu_wait):
+            told["warning"] = warned
+        return told
 
     def _let_calm_down(self) -> None:
         end = time.monotonic() + CALMER_S
@@ -151,17 +163,20 @@ class Timed(Checked):
         times: list[list[int]] = []
         late: list[list[int]] = []
         behind: list[float] = []
+        cpu_wait: list[float | None] = []
         sequences = (candidate_sequence[-self.reference_repeats - moved :], candidate_sequence)
         roles = ((self.judge, "timing the reference"), (self.child, "timing"))
         for sequence, (child, doing) in zip(sequences, roles, strict=True):
             runs_code = children.innermost(child.pid, sandbox.around(self.worker.level))
             now = supervisor_clock(self.worker.device, self.limits.threads, runs_code)
-            start, began = now(), time.perf_counter_ns()
+            start, began, waited = now(), time.perf_counter_ns(), waited_for_cpu(runs_code)
             self.worker.ask(child, {"op": "time", "sequence": sequence, "moved": moved})
             left = max(0.1, self.deadline - time.monotonic())
             answer = self.worker.reply(child, left, doing)
             walls.append(time.perf_counter_ns() - began)
             self.own_s += walls[-1] / 1e9
+            after = waited_for_cpu(runs_code)
+            cpu_wait.append(None if waited is None or after is None else (after - waited) / walls[-1])
             if not self.worker.on_gpu:
                 time.sleep(CLOCK_SETTLES_S)
             spent.append(now() - start)
@@ -172,6 +187,7 @@ class Timed(Checked):
         if moved:
             self.rounds.append(Round(times[0][1:], times[1][1:]))
             self.behind.append((behind[0], behind[1]))
+            self.cpu_wait.append((cpu_wait[0], cpu_wait[1]))
         around = (spent[0] - sum(times[0])) * len(times[1]) // len(times[0]), spent[1] - sum(times[1])
         self.unseen.append((around[1] - around[0], sum(times[1])))
         self.idle.append((walls[1] - IDLE_SLACK_NS) * spent[0] > IDLE_FACTOR * spent[1] * walls[0])
@@ -264,6 +280,14 @@ def _possible(times: Any, count: int, spent_ns: int) -> TypeGuard[list[int]]:
         and all(type(value) is int and value > 0 for value in times)
         and sum(times) <= spent_ns * 1.05 + UNSEEN_SLACK_NS
     )
+
+
+def _by_side(rounds: Sequence[tuple[float | None, float | None]]) -> dict[str, float]:
+    """Medians over rounds; a side of which nothing is known is left out."""
+    known = {
+        side: [one for one in of if one is not None] for side, of in zip(SIDES, zip(*rounds, strict=True), strict=True)
+    }
+    return {side: round(median(of), 3) for side, of in known.items() if of}
 
 
 def _late(answer: dict[str, Any]) -> list[int]:

@@ -19,6 +19,10 @@ SHARED = 1.0
 variance between rounds) - 1 / rounds was 0.73 (standard error 0.18) over 18 kernels, each in 6 runs on a loaded CPU."""
 MIN_ROUNDS, LEAST_ROUNDS = 5, 3
 """With time left, and when the budget is spent."""
+LEFT_OUT = 0.25
+"""Of a run's rounds, at most so many are left out because the host came late in them alone."""
+UNSURE = 0.1
+"""A speed-up that may be so much higher is told with a warning."""
 T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 1.96)
 """Student's t for a 95 % interval, by degrees of freedom from 1; the last one for more."""
 FRESH_FACTOR = 2.5
@@ -49,6 +53,11 @@ class Speedup(NamedTuple):
     @property
     def half_width(self) -> float:
         return (self.high - self.low) / 2 / self.speedup
+
+    @property
+    def known_within(self) -> float:
+        """By what share the speed-up may be higher: 0.8 where 2 may be 3.6."""
+        return self.high / self.speedup - 1
 
 
 def speedup(rounds: Sequence[Round], floor: float = RUN_TO_RUN) -> Speedup:
@@ -86,6 +95,33 @@ def floor_of(behind: Sequence[tuple[float, float]]) -> float:
     """behind: of each round, the shares of the reference's and the candidate's calls in which the host came late."""
     sides = [median(side) for side in zip(*behind, strict=True)]
     return HOST_RUN_TO_RUN if max(sides, default=0.0) > BEHIND else RUN_TO_RUN
+
+
+def undisturbed(rounds: Sequence[Round], behind: Sequence[tuple[float, float]]) -> Sequence[Round]:
+    """Without the few rounds in which the host came late, where it does not otherwise: those are no time of a kernel.
+
+    All of them where fewer than MIN_ROUNDS, or too few, would be left. behind: see floor_of.
+    """
+    kept = [one for one, sides in zip(rounds, behind, strict=True) if max(sides) <= BEHIND]
+    enough = len(kept) >= MIN_ROUNDS and len(rounds) - len(kept) <= LEFT_OUT * len(rounds)
+    return kept if enough else rounds
+
+
+def warning(result: Speedup, behind: dict[str, float], cpu_wait: dict[str, float]) -> str:
+    """What a user must know of a wide interval, "" of a small one.
+
+    behind: of either side, the share of calls in which the host came late. cpu_wait: of either side, the share of the
+    time in which its process wanted a CPU and had none; a side that is not known is not in it.
+    """
+    if result.known_within <= UNSURE:
+        return ""
+    told = f"known within {result.known_within:.0%} only"
+    late = [side for side, share in behind.items() if share > BEHIND]
+    if not late:
+        return f"{told}: its rounds differ"
+    found = f"{told}: the GPU waits for the host in the calls of the {' and the '.join(late)}"
+    waits = [f"{cpu_wait[side]:.0%}" for side in late if side in cpu_wait]
+    return f"{found} ({' and '.join(waits)} of the time spent waiting for a CPU)" if waits else found
 
 
 def is_enough(result: Speedup, rounds: int, precision: float, *, over: bool) -> bool:

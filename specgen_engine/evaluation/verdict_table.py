@@ -66,7 +66,8 @@ def _cells(one: Judged) -> list[str]:
         figures += [f"{verdict.candidate_ms:.3f}", f"{verdict.reference_ms:.3f}"]
         figures += [f"{verdict.roofline:.0%}" if verdict.roofline is not None else ""]
     bound = f"{verdict.profile['bound']} ({verdict.profile['tool']})" if verdict.profile else ""
-    return [str(one.path), one.workload, verdict.form, str(verdict.status), *figures, bound, verdict.reason]
+    reason = verdict.reason or str(verdict.conditions.get("warning", ""))
+    return [str(one.path), one.workload, verdict.form, str(verdict.status), *figures, bound, reason]
 
 
 def _short_names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -64,7 +64,8 @@ def a_timing(
     self.worker, self.judge, self.child, self.pace, self.off = worker, judge, child, pace, frozenset()  # type: ignore
     self.limits = worker.limits
     self.deadline, self.own_s, self.reference_repeats, self.fresh = time.monotonic() + 60, 0.0, timed.MAX_REPEATS, []
-    self.rounds, self.behind, self.repeats, self.unseen, self.idle, self.goes_on = [], [], [], [], [], []
+    self.rounds, self.behind, self.cpu_wait, self.repeats, self.unseen = [], [], [], [], []
+    self.idle, self.goes_on = [], []
     self.checks, self.lent, self.use, self.conditions, self.asked_again = 2, False, "turn", {}, ""
     self.stages, self.steps, self.waited_s = {}, {}, 0.0
     self._layout = self._show = lambda slot: None  # type: ignore[method-assign]
@@ -155,6 +156,39 @@ def test_a_liar_is_asked_once_more_and_rejected(monkeypatch, pace: Pace) -> None
     with pytest.raises(timed.Ended, match="less time than the supervisor's clock saw"):
         liar._time()
     assert blocks_asked(asked) == FIRST_SERIES + MIN_ROUNDS
+
+
+def behind_in(monkeypatch: pytest.MonkeyPatch, rounds: set[int]) -> Timed:
+    """A timing after these rounds of whose candidate's blocks the host came late in all calls, which took longer."""
+    self, asked = a_timing(monkeypatch, ON_GPU)
+    reply = self.worker.reply
+
+    def answers(who: Any, *rest: object) -> dict[str, Any]:
+        said = reply(who, *rest)
+        if who is self.child and "ns" in said and blocks_asked(asked) - 2 in rounds:
+            return {"ns": [2 * ns for ns in said["ns"]], "behind": len(said["ns"])}
+        return said
+
+    self.worker.reply = answers  # type: ignore[method-assign]
+    self._time()
+    return self
+
+
+def test_a_round_in_which_the_host_came_late_is_no_part_of_the_figure(monkeypatch) -> None:
+    self = behind_in(monkeypatch, {2})
+    assert len(self.rounds) == MIN_ROUNDS + 1
+    assert self.conditions["rounds_left_out"] == 1
+    assert self.conditions["host_behind"] == {"reference": 0.0, "candidate": 0.0}
+    assert "warning" not in self.conditions
+
+
+def test_a_figure_of_which_the_host_decides_comes_with_a_warning(monkeypatch) -> None:
+    monkeypatch.setattr(timed, "waited_for_cpu", lambda pid: 0)
+    self = behind_in(monkeypatch, set(range(500)))
+    assert self.conditions["host_behind"] == {"reference": 0.0, "candidate": 1.0}
+    assert self.conditions["cpu_wait"] == {"reference": 0.0, "candidate": 0.0}
+    told = "known within 82% only: the GPU waits for the host in the calls of the candidate"
+    assert self.conditions["warning"] == f"{told} (0% of the time spent waiting for a CPU)"
 
 
 def test_a_liar_who_is_honest_when_asked_again_has_the_honest_figure(monkeypatch) -> None:

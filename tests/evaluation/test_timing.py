@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -27,6 +29,8 @@ from specgen_engine.evaluation.timing import (
     half_interval,
     is_enough,
     speedup,
+    undisturbed,
+    warning,
 )
 
 CALLS, NOISE, RUNS = 30, 0.02, 250
@@ -148,6 +152,66 @@ def test_a_side_that_waits_for_the_host_has_the_host_s_interval() -> None:
     assert floor_of([(1.0, 0.0)]) == HOST_RUN_TO_RUN
     quiet = [Round([2_000_000] * 9, [1_000_000] * 9)] * MIN_ROUNDS
     assert speedup(quiet, HOST_RUN_TO_RUN).low == pytest.approx(2.0 * math.exp(-HOST_RUN_TO_RUN))
+
+
+CALM, LATE = (0.0, 0.05), (0.0, 0.9)
+SLOW = Round([2_000_000] * 9, [1_500_000] * 9)
+EVEN = Round([2_000_000] * 9, [1_000_000] * 9)
+
+
+def test_a_round_in_which_the_host_came_late_is_left_out_where_it_is_an_exception() -> None:
+    rounds, behind = [EVEN] * 3 + [SLOW] + [EVEN] * 3, [CALM] * 3 + [LATE] + [CALM] * 3
+    assert undisturbed(rounds, behind) == [EVEN] * 6
+    assert speedup(rounds).half_width > 0.2
+    assert speedup(undisturbed(rounds, behind)).half_width == pytest.approx(RUN_TO_RUN, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "late"), [(5, 1), (7, 2), (12, 4), (3, 3)], ids=["too few left", "a third", "a third", "all"]
+)
+def test_rounds_in_which_the_host_came_late_stay_where_they_are_no_exception(count: int, late: int) -> None:
+    rounds = [EVEN] * (count - late) + [SLOW] * late
+    assert undisturbed(rounds, [CALM] * (count - late) + [LATE] * late) == rounds
+
+
+def test_a_round_that_differs_while_the_host_was_in_time_stays() -> None:
+    assert undisturbed([EVEN] * 8 + [SLOW], [CALM] * 9) == [EVEN] * 8 + [SLOW]
+
+
+def test_a_speedup_that_is_not_known_well_says_so_and_why() -> None:
+    good, wide = Speedup(2.0, 1.95, 2.06, 2.0, 1.0), Speedup(2.0, 1.1, 3.6, 2.0, 1.0)
+    late = {"reference": 1.0, "candidate": 0.1}
+    assert warning(good, late, {}) == ""
+    assert warning(wide, {"reference": 0.2, "candidate": 0.1}, {}) == "known within 80% only: its rounds differ"
+    said = "known within 80% only: the GPU waits for the host in the calls of the reference"
+    assert warning(wide, late, {}) == said
+    assert warning(wide, late, {"candidate": 0.5}) == said
+    assert warning(wide, late, {"reference": 0.31}) == f"{said} (31% of the time spent waiting for a CPU)"
+    both = warning(wide, {"reference": 1.0, "candidate": 0.9}, {"reference": 0.3, "candidate": 0.2})
+    assert "the reference and the candidate (30% and 20% of" in both
+
+
+def test_a_process_without_a_cpu_of_its_own_is_seen_to_wait() -> None:
+    if clock_module.waited_for_cpu(1) is None and clock_module.waited_for_cpu(os.getpid()) is None:
+        pytest.skip("this kernel doesn't count it (CONFIG_SCHED_INFO)")
+    spin = [
+        sys.executable,
+        "-c",
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass",
+    ]
+    spinning = [subprocess.Popen(spin) for _ in range(2)]
+    try:
+        waited = []
+        until = time.monotonic() + 10
+        while time.monotonic() < until and (not waited or min(waited) < 200_000_000):  # two on one: half the time each
+            time.sleep(0.1)
+            waited = [clock_module.waited_for_cpu(one.pid) or 0 for one in spinning]
+        assert min(waited) >= 200_000_000
+    finally:
+        for one in spinning:
+            one.kill()
+            one.wait()
+    assert clock_module.waited_for_cpu(spinning[0].pid) is None
 
 
 def test_inputs_are_replaced_after_the_device_was_made_to_wait_and_before_it_is_timed() -> None:
