@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,14 +42,18 @@ def start_with(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def active_after(arguments: list[str]) -> set[str]:
-    done = start_with(arguments)
+def started(*arguments: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """One process each, side by side: each imports SGLang for 20 s."""
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(start_with, arguments))
+
+
+def active_after(done: subprocess.CompletedProcess[str]) -> set[str]:
     assert done.returncode == 0, done.stderr[-2000:]
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def refusal(arguments: list[str]) -> str:
-    done = start_with(arguments)
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("specgen: ")]
     return line
@@ -111,10 +116,12 @@ def test_a_stray_variable_does_not_activate_a_process(monkeypatch: pytest.Monkey
 
 
 def test_without_the_flag_only_the_argument_hooks_are_active_and_with_it_all() -> None:
-    assert active_after([]) == hooks("arguments")
-    assert active_after(["--enable-specgen"]) == {hook.target for hook in plugin.HOOKS}
+    without, with_it = started([], ["--enable-specgen"])
+    assert active_after(without) == hooks("arguments")
+    assert active_after(with_it) == {hook.target for hook in plugin.HOOKS}
 
 
 def test_settings_without_the_flag_and_refused_modes_stop_start_up() -> None:
-    assert "--specgen-trigger needs --enable-specgen" in refusal(["--specgen-trigger", "fence"])
-    assert "--disable-radix-cache: fork points live" in refusal(["--enable-specgen", "--disable-radix-cache"])
+    without, refused = started(["--specgen-trigger", "fence"], ["--enable-specgen", "--disable-radix-cache"])
+    assert "--specgen-trigger needs --enable-specgen" in refusal(without)
+    assert "--disable-radix-cache: fork points live" in refusal(refused)
