@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from openai import AsyncOpenAI
+from openai import APIStatusError, AsyncOpenAI
 
 from bench.e2e_configurations import Configuration, Search
 from specgen_engine.evaluation.buildcache import forget_builds
@@ -92,13 +92,17 @@ async def play_phase(
 async def _play(
     chains: list[list[Play]], one: Callable[[Play], Awaitable[None]], gate: asyncio.Semaphore, limits: Limits
 ) -> None:
-    """A chain stops at the first that is not played: a later one's time would mean nothing."""
+    """A chain stops at the first that is not played or is refused: a later one's time would mean nothing."""
     left = [list(chain) for chain in chains]
 
     async def follow(chain: list[Play]) -> None:
         async with gate:
             while chain and (why := limits.why_not(chain[0])) is None:
-                await one(chain[0])
+                try:
+                    await one(chain[0])
+                except APIStatusError as error:
+                    why = f"the server refused it: {error}"[:300]
+                    break
                 chain.pop(0)
             while chain:
                 limits.leave(chain.pop(0), why or "")
