@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
 
 from .policy import (
     NEVER,
     Admission,
-    GpuView,
     JobView,
     PolicyConfig,
     Rate,
@@ -25,19 +22,11 @@ from .policy import (
 )
 from .policy_builds import BuildLine
 from .policy_decision import Assignment, Cancelled, Decision, Snapshot
+from .policy_gpus import GpuSet
 from .policy_queue import FairQueue, SearchState
 
 MOST_PLACES = 64
 """Idle GPUs that place() may choose from, so that a decision costs the same in a large pool."""
-
-
-@dataclass(slots=True)
-class _Gpu:
-    role: Role
-    switched: float = NEVER
-    job: JobView | None = None
-    idle: bool = True
-    coming: bool = False
 
 
 class PoolState:
@@ -60,12 +49,7 @@ class PoolState:
         self.config, self._place = config or PolicyConfig(), place
         self.searches: dict[str, SearchState] = {}
         self.queues = {role: FairQueue(self.searches, self.config) for role in Role}
-        self._gpus: dict[int, _Gpu] = {}
-        self._idle: dict[Role, dict[int, None]] = {role: {} for role in Role}
-        self._movable: dict[Role, dict[int, None]] = {role: {} for role in Role}
-        self._dwelling: list[tuple[float, int]] = []
-        self._counts = dict.fromkeys(Role, 0)
-        self._coming = dict.fromkeys(Role, 0)
+        self._gpus = GpuSet(self.config.dwell_s)
         self._rates = dict.fromkeys(Role, Rate())
         self._service = dict.fromkeys(Role, 0.0)
         self._measured: dict[tuple[str, Role], float] = {}
@@ -77,21 +61,11 @@ class PoolState:
 
     def add_gpu(self, index: int, role: Role, switched: float = NEVER, *, idle: bool = True) -> None:
         """idle: False for one that still starts, or works on a job of an earlier life; release it when it is ready."""
-        if index in self._gpus:
-            raise ValueError(f"gpu={index}: it is in the pool already")
-        self._gpus[index] = _Gpu(role, switched, idle=False)
-        self._counts[role] += 1
-        if idle:
-            self._rest(index)
+        self._gpus.add(index, role, switched, idle=idle)
 
     def remove_gpu(self, index: int) -> JobView | None:
         """A GPU left or was lost; returns the job that ran on it, no longer known here, to be retried or reported."""
-        gpu = self._gpu(index)
-        del self._gpus[index]
-        self._arrive(gpu)
-        self._counts[gpu.role] -= 1
-        self._idle[gpu.role].pop(index, None)
-        self._movable[gpu.role].pop(index, None)
+        gpu = self._gpus.remove(index)
         if gpu.job is not None:
             self.builds.leave(gpu.job.id)
             del self._running[gpu.job.id]
@@ -160,11 +134,10 @@ class PoolState:
 
         finished: False for a killed job, whose seconds are charged but say nothing about service times.
         """
-        gpu = self._gpu(index)
+        gpu = self._gpus[index]
         if gpu.idle:
             raise ValueError(f"gpu={index}: it has nothing to be released from")
-        self._arrive(gpu)
-        self._rest(index)
+        self._gpus.rest(index)
         job, gpu.job = gpu.job, None
         if job is None:
             return None
@@ -216,16 +189,16 @@ class PoolState:
         self._service[role] = service_s or self._service[role]
 
     def load(self, role: Role, now: float) -> RoleLoad:
-        queue = self.queues[role]
+        queue, gpus = self.queues[role], self._gpus
         return RoleLoad(
             len(queue),
             queue.waiting_s,
-            self._counts[role],
-            len(self._idle[role]),
+            gpus.counts[role],
+            len(gpus.idle[role]),
             self._rates[role].at_time(now, self.config.rate_tau_s),
             self._service[role],
             queue.oldest,
-            self._coming[role],
+            gpus.coming[role],
         )
 
     def admission(self, wanted: int, remaining_s: float, now: float, **fork: float) -> Admission:
@@ -242,21 +215,20 @@ class PoolState:
 
     def decide(self, now: float) -> Decision:
         """Give jobs to idle GPUs. Afterwards a GPU idles beside waiting work only where the switching rules say so."""
-        self._wake(now)
+        self._gpus.wake(now)
         expired = tuple(self._expire(now))
         builds = tuple(self._build(now))
         assignments: list[Assignment] = []
         for role in (Role.PROFILE, Role.VALIDATE):
-            while self._idle[role] and len(self.queues[role]):
+            while self._gpus.idle[role] and len(self.queues[role]):
                 assignments.append(self._serve(role, now))
         for role in Role:
             self._lend(role, now, assignments)
         waiting = any(len(queue) for queue in self.queues.values())
-        wake_at = self._dwelling[0][0] if waiting and self._dwelling else None
-        return Decision(tuple(assignments), expired, wake_at, builds)
+        return Decision(tuple(assignments), expired, self._gpus.next_wake() if waiting else None, builds)
 
     def gpu_roles(self) -> dict[int, Role]:
-        return {index: gpu.role for index, gpu in self._gpus.items()}
+        return self._gpus.roles()
 
     def _build(self, now: float) -> Iterator[JobView]:
         """Builds that begin now. Where there are no builders their jobs go to the slots' queues, so many at once."""
@@ -271,8 +243,8 @@ class PoolState:
     def _serve(self, role: Role, now: float) -> Assignment:
         """One idle GPU of a role that has work: usually the next job, or a switch to the other role."""
         other = role.other
-        if self._movable[role] and len(self.queues[other]) and not self._idle[other]:
-            view = self._view(next(iter(self._movable[role])))
+        if self._gpus.movable[role] and len(self.queues[other]) and not self._gpus.idle[other]:
+            view = self._gpus.movable_view(role)
             if should_switch(view, self.load(role, now), self.load(other, now), now, self.config):
                 return self._start(view.number, other, now)
         return self._start(None, role, now)
@@ -280,15 +252,13 @@ class PoolState:
     def _lend(self, role: Role, now: float, out: list[Assignment]) -> None:
         """Idle GPUs of a role without work: to where work waits, or ready for what will come."""
         other = role.other
-        while self._movable[role] and not len(self.queues[role]):
-            view = self._view(next(iter(self._movable[role])))
+        while self._gpus.movable[role] and not len(self.queues[role]):
+            view = self._gpus.movable_view(role)
             own, theirs = self.load(role, now), self.load(other, now)
             if should_switch(view, own, theirs, now, self.config):
                 out.append(self._start(view.number, other, now))
             elif should_prepare(view, own, theirs, now, self.config):
-                self._occupy(view.number, other, now)
-                self._gpus[view.number].coming = True
-                self._coming[other] += 1
+                self._gpus.come(view.number, other, now)
                 out.append(Assignment(view.number, other, None, True, 0.0))
             else:
                 return
@@ -299,11 +269,11 @@ class PoolState:
         job = self.queues[role].pop(fair=fair)
         assert job is not None
         if index is None and self._place is not None:
-            index = self._place(job, list(islice(reversed(self._idle[role]), MOST_PLACES)))
+            index = self._place(job, self._gpus.rested_last(role, MOST_PLACES))
         if index is None:
-            index = next(reversed(self._idle[role]))
+            index = self._gpus.rested_last(role, 1)[0]
         gpu, state = self._gpus[index], self.searches[job.search]
-        switch = self._occupy(index, role, now)
+        switch = self._gpus.occupy(index, role, now)
         gpu.job = job
         self._running[job.id] = index
         state.waiting -= 1
@@ -314,41 +284,6 @@ class PoolState:
         for queue in self.queues.values():
             queue.refresh(job.search)
         return Assignment(index, role, job, switch, quiet_s(role, job.expected_s, self.config))
-
-    def _occupy(self, index: int, role: Role, now: float) -> bool:
-        """The GPU is no longer idle; whether it has to switch."""
-        gpu = self._gpus[index]
-        del self._idle[gpu.role][index]
-        self._movable[gpu.role].pop(index, None)
-        gpu.idle = False
-        if gpu.role is role:
-            return False
-        self._counts[gpu.role] -= 1
-        self._counts[role] += 1
-        gpu.role, gpu.switched = role, now
-        return True
-
-    def _arrive(self, gpu: _Gpu) -> None:
-        self._coming[gpu.role] -= gpu.coming
-        gpu.coming = False
-
-    def _rest(self, index: int) -> None:
-        gpu = self._gpus[index]
-        gpu.idle = True
-        self._idle[gpu.role][index] = None
-        heapq.heappush(self._dwelling, (gpu.switched + self.config.dwell_s, index))
-
-    def _wake(self, now: float) -> None:
-        """Idle GPUs whose dwell is over may switch from now on; entries of busy and lost ones are dropped."""
-        while self._dwelling and self._dwelling[0][0] <= now:
-            ready, index = heapq.heappop(self._dwelling)
-            gpu = self._gpus.get(index)
-            if gpu is not None and gpu.idle and gpu.switched + self.config.dwell_s == ready:
-                self._movable[gpu.role][index] = None
-
-    def _view(self, index: int) -> GpuView:
-        gpu = self._gpus[index]
-        return GpuView(index, gpu.role, gpu.switched)
 
     def _learn(self, job: JobView, busy_s: float) -> None:
         weight = self.config.service_weight
@@ -367,16 +302,8 @@ class PoolState:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when counts, queues and GPUs contradict each other; for tests and idle moments."""
-        for role in Role:
-            of_role = [index for index, gpu in self._gpus.items() if gpu.role is role]
-            assert self._counts[role] == len(of_role), (
-                f"{role}: {self._counts[role]} GPUs counted, {len(of_role)} there"
-            )
-            assert set(self._idle[role]) == {index for index in of_role if self._gpus[index].idle}, f"{role}: idle GPUs"
-            coming = sum(self._gpus[index].coming for index in of_role)
-            assert self._coming[role] == coming, f"{role}: {self._coming[role]} GPUs counted as coming, {coming} are"
-            assert set(self._movable[role]) <= set(self._idle[role]), f"{role}: movable GPUs that are not idle"
-        at_work = {gpu.job.id: index for index, gpu in self._gpus.items() if gpu.job is not None}
+        self._gpus.check_integrity()
+        at_work = {job.id: index for index, job in self._gpus.at_work()}
         assert at_work == self._running, f"running: {self._running} noted, {at_work} at work"
         lines: list[Iterable[JobView]] = [*self.queues.values(), self.builds]
         for name, state in self.searches.items():
@@ -385,11 +312,6 @@ class PoolState:
             assert (state.waiting, state.running) == (waiting, running), (
                 f"{name}: {state}, {waiting} wait, {running} run"
             )
-
-    def _gpu(self, index: int) -> _Gpu:
-        if index not in self._gpus:
-            raise ValueError(f"gpu={index}: it is not in the pool (it has {sorted(self._gpus)[:16]})")
-        return self._gpus[index]
 
     def _job(self, index: int) -> JobView:
         job = self._gpus[index].job
