@@ -2,10 +2,10 @@
 
     python -m bench.models --json F --logs DIR --cases glm5-small:plain glm5-small:mtp@1 deepseek-v4-small:plain@1
 
-A case is MODEL:MODE[@GPU]; modes: plain, invariant, fp8, mtp, mtp-accepted, tp2, tp2-mtp, tier. All servers start at
-once; what is timed runs alone, the other checks side by side, in the order of --steps. Real widths, few layers and
-experts, random weights that a token's whole context shows in (specgen_engine/models/weights.py).
-`--cases tiny:plain tiny:tier` rehearses all of it on a CPU.
+A case is MODEL:MODE[@GPU]; modes: plain, fp32-head (logits not rounded to bfloat16), invariant, fp8, mtp, mtp-accepted,
+tp2, tp2-mtp, tier, invariant-tier. All servers start at once; what is timed runs alone, the other checks side by side,
+in the order of --steps. Real widths, few layers and experts, random weights that a token's whole context shows in
+(specgen_engine/models/weights.py). `--cases tiny:plain tiny:tier` rehearses all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def smoke(running: Running) -> dict[str, Any]:
 
 def applies(step: str, case: Case) -> bool:
     """Restores are the tier's; speed beside forks is measured without it and without slower operators."""
-    return {"restores": case.mode == "tier", "slowdown": case.mode not in ("tier", "invariant")}.get(step, True)
+    slow = case.has_tier or case.is_invariant or case.mode == "fp32-head"
+    return {"restores": case.has_tier, "slowdown": not slow}.get(step, True)
 
 
 def check(running: Running, at: int, seed: int, report: Report, turns: Turns) -> None:
@@ -81,9 +82,10 @@ def check(running: Running, at: int, seed: int, report: Report, turns: Turns) ->
     case, client = running.case, running.client
     shape = CPU if case.model == "tiny" else Shape()
     lengths = CPU_LENGTHS if case.model == "tiny" else LENGTHS
+    forks: dict[str, Any] = {}
     calls: dict[str, Callable[[], dict[str, Any]]] = {
         "smoke": lambda: smoke(running),
-        "forks": lambda: check_forks(client, seed, shape),
+        "forks": lambda: check_forks(client, seed, shape, forks),
         "slowdown": lambda: {**slowdown(client, seed + 1, shape), "strict": is_strict(case)},
         "storm": lambda: storm(client, seed + 2, shape),
     }
@@ -102,7 +104,8 @@ def check(running: Running, at: int, seed: int, report: Report, turns: Turns) ->
             return
         except Exception as error:
             text = "cut off: the budget was over" if turns.over else f"{type(error).__name__}: {error}"[:400]
-            report.put(case, step, {"error": text, "log": tail(running.log)})
+            known = forks if step == "forks" else {}
+            report.put(case, step, {**known, "error": text, "log": tail(running.log)})
             if not turns.over:
                 traceback.print_exc()
 

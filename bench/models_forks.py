@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from bench.models_client import Client, Generated, together
+from bench.models_compare import agreed, agreement, distance, other_page, paired
 from specgen_engine.errors import SpecGenError
 
 BASES, FORKS_EACH, FORK_TOKENS = 8, 8, 16
-TOLERANCE = 1e-2
 WORDS = ("kernel", "tile", "warp", "row", "sum", "load", "store", "half", "block", "thread", "fuse", "loop", "index")
 
 
@@ -60,11 +60,12 @@ def search_all(client: Client, seed: int, shape: Shape) -> list[dict[str, Any]]:
     return [client.record(search) for search in together(calls)]
 
 
-def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
-    """One row: forks equal to recomputation, what rounding cost, bases unchanged, and how much a wrong token shows.
+def check_forks(client: Client, seed: int, shape: Shape, row: dict[str, Any]) -> dict[str, Any]:
+    """Forks equal to recomputation, what rounding cost, bases unchanged, and how much a wrong token shows.
 
-    Its controls: `control`, the engine against itself, both from an empty cache in batches of other sizes;
-    `reuse_prefilled` and `reuse_decoded`, prefixes of the forks' lengths that ordinary requests left in the cache.
+    `row` is filled as it goes, so that what is known stays where the rest is cut off. Its controls: `control`, the
+    engine against itself, both from an empty cache in batches of other sizes; `reuse_prefilled` and `reuse_decoded`,
+    prefixes of the forks' lengths that ordinary requests left in the cache; `paired` sets them beside the forks.
     """
     start = time.monotonic()
     client.flush()
@@ -75,7 +76,25 @@ def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
     order = [at for offset in range(shape.forks) for at in range(offset, len(forks), shape.forks)]
     asked = [(fork.input_ids, len(fork.output_ids)) for fork in forks]
     fresh = from_empty_cache(client, asked, order, shape.bases)
+    row |= {**of_searches(records, forks, fresh), **agreement(cached, fresh, inputs)}
+    row["first_token_equal"] = sum(f.output_ids[0] == one.ids[0] for f, one in zip(forks, fresh, strict=True))
     again = from_empty_cache(client, asked, order[shape.bases // 2 :] + order[: shape.bases // 2], 5)
+    row["control"] = {
+        "equal": sum(a.ids == b.ids for a, b in zip(fresh, again, strict=True)),
+        "agreed": [agreed(a.ids, b.ids) for a, b in zip(fresh, again, strict=True)],
+        **agreement(fresh, again, inputs),
+    }
+    row["reuse_prefilled"] = reuse_prefilled(client, forks, fresh)
+    row |= sensitivity(client, forks[:: shape.forks])
+    row |= check_bases(client, records, forks, order, shape.bases)
+    controls = ("control", "reuse_prefilled", "reuse_decoded")
+    row["paired"] = {name: paired(row, row[name]) for name in controls}
+    row["seconds"] = time.monotonic() - start
+    return row
+
+
+def of_searches(records: Sequence[dict[str, Any]], forks: Sequence[Fork], fresh: Sequence[Generated]) -> dict[str, Any]:
+    """What became of the forks, what they reused, and their tokens against those from an empty cache."""
     lost = [fork.whole - fork.reused for fork in forks]
     return {
         "forks": sum(len(record["forks"]) for record in records),
@@ -84,20 +103,12 @@ def check_forks(client: Client, seed: int, shape: Shape) -> dict[str, Any]:
         "skipped": sum(record["forks_skipped"] for record in records),
         "compared": sum(one.cached < 64 for one in fresh),
         "equal": sum(fork.output_ids == one.ids for fork, one in zip(forks, fresh, strict=True)),
-        **agreement(cached, fresh, inputs),
-        "first_token_equal": sum(fork.output_ids[0] == one.ids[0] for fork, one in zip(forks, fresh, strict=True)),
+        "agreed": [agreed(fork.output_ids, one.ids) for fork, one in zip(forks, fresh, strict=True)],
+        "lengths": [len(fork.input_ids) for fork in forks],
         "reused_share": sum(fork.reused for fork in forks) / sum(fork.whole for fork in forks),
         "reused_mean": statistics.mean(fork.reused for fork in forks),
         "rounded_off_mean": statistics.mean(lost),
         "rounded_off_max": max(lost),
-        "control": {
-            "equal": sum(a.ids == b.ids for a, b in zip(fresh, again, strict=True)),
-            **agreement(fresh, again, inputs),
-        },
-        "reuse_prefilled": reuse_prefilled(client, forks, fresh),
-        "sensitivity": sensitivity(client, [forks[at].input_ids for at in range(0, len(forks), shape.forks)]),
-        **check_bases(client, records, forks, order, shape.bases),
-        "seconds": time.monotonic() - start,
     }
 
 
@@ -172,50 +183,30 @@ def reuse_decoded(
     return {**agreement(found, fresh, inputs), "reused_mean": statistics.mean(one.cached for one in found)}
 
 
-def agreement(
-    first: Sequence[Generated], second: Sequence[Generated], inputs: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """How far two computations of the same inputs are apart in their first token.
+def sensitivity(client: Client, forks: Sequence[Fork]) -> dict[str, Any]:
+    """How far the first token's logprob moves when a page of 64 tokens in the prefix is another: what errors do.
 
-    `outside`: the lengths of those too far apart. GLM-5 attends to 2,048 tokens and chooses them in longer inputs only.
+    `sensitivity`: one in the middle; `sensitivity_end`: the last that the fork reused, where DeepSeek-V4's window is.
     """
-    away = [_away(a, b) for a, b in zip(first, second, strict=True)]
-    return {
-        "inputs": len(away),
-        "first_token_equal": sum(a.ids[0] == b.ids[0] for a, b in zip(first, second, strict=True)),
-        "logprob_within": sum(one <= TOLERANCE for one in away),
-        "logprob_max": max(away),
-        "logprob_median": statistics.median(away),
-        "outside": sorted(len(ids) for ids, one in zip(inputs, away, strict=True) if one > TOLERANCE),
-    }
-
-
-def _away(a: Generated, b: Generated) -> float:
-    """How far b's logprob of a's first token is from a's; the least that b lists where it lists no such token."""
-    least = min(b.first.values()) if b.first else float("-inf")
-    return abs(a.logprobs[0] - b.first.get(a.ids[0], least))
-
-
-def sensitivity(client: Client, inputs: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """How far the first token's logprob moves when a page of 64 tokens in the prefix is another: what errors do."""
     client.flush()
-    right = together([partial(client.generate, ids, 1) for ids in inputs])
-    changed = [other_page(ids, len(ids) // 2) for ids in inputs]
-    client.flush()
-    wrong = together([partial(client.generate, ids, 1) for ids in changed])
-    shifts = [_away(a, b) for a, b in zip(right, wrong, strict=True)]
-    same = sum(a.ids == b.ids for a, b in zip(right, wrong, strict=True))
-    return {
-        "inputs": len(shifts),
-        "same_token": same,
-        "shift_median": statistics.median(shifts),
-        "shift_min": min(shifts),
+    right = together([partial(client.generate, fork.input_ids, 1) for fork in forks])
+    starts = {
+        "sensitivity": [len(fork.input_ids) // 2 for fork in forks],
+        "sensitivity_end": [max(0, fork.reused - 64) for fork in forks],
     }
-
-
-def other_page(ids: Sequence[int], start: int, page: int = 64) -> list[int]:
-    """The ids with the page from `start` on in reverse order and each id one more: another page's KV, as it were."""
-    return [*ids[:start], *(one + 1 for one in reversed(ids[start : start + page])), *ids[start + page :]]
+    rows = {}
+    for name, places in starts.items():
+        client.flush()
+        changed = [other_page(fork.input_ids, place) for fork, place in zip(forks, places, strict=True)]
+        wrong = together([partial(client.generate, ids, 1) for ids in changed])
+        shifts = [distance(a, b) for a, b in zip(right, wrong, strict=True)]
+        rows[name] = {
+            "inputs": len(shifts),
+            "same_token": sum(a.ids == b.ids for a, b in zip(right, wrong, strict=True)),
+            "shift_median": statistics.median(shifts),
+            "shift_min": min(shifts),
+        }
+    return rows
 
 
 def check_bases(
@@ -235,18 +226,14 @@ def check_bases(
     client.flush()
     plain = together(calls)
     decoded = reuse_decoded(client, forks, [one.ids for one in plain], order, at_once)
-    agreed = [_agreed(record["ids"]["base"], one.ids) for record, one in zip(records, plain, strict=True)]
+    same = [agreed(record["ids"]["base"], one.ids) for record, one in zip(records, plain, strict=True)]
     lengths = [len(record["ids"]["base"]) for record in records]
     bases = {
         "bases": len(records),
-        "equal": sum(a == b for a, b in zip(agreed, lengths, strict=True)),
-        "tokens_equal": sum(agreed),
+        "equal": sum(a == b for a, b in zip(same, lengths, strict=True)),
+        "tokens_equal": sum(same),
         "control_equal": sum(a.ids == b.ids for a, b in zip(plain, twice, strict=True)),
-        "control_tokens": sum(_agreed(a.ids, b.ids) for a, b in zip(plain, twice, strict=True)),
+        "control_tokens": sum(agreed(a.ids, b.ids) for a, b in zip(plain, twice, strict=True)),
         "tokens": sum(lengths),
     }
     return {"reuse_decoded": decoded, "bases": bases}
-
-
-def _agreed(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from bench.kv_tier_servers import LenderProcess, gpu_beside
 from bench.kv_tier_servers import lender as lender_process
@@ -22,8 +22,10 @@ from specgen_engine.modes import TRY
 from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import running_server
 
-Mode = Literal["plain", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier"]
-MODES: tuple[Mode, ...] = ("plain", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier")
+Mode = Literal[
+    "plain", "fp32-head", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier", "invariant-tier"
+]
+MODES: tuple[Mode, ...] = get_args(Mode)
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
     *("--disable-custom-all-reduce", "--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", "24"),
@@ -62,6 +64,14 @@ class Case(NamedTuple):
     def name(self) -> str:
         return f"{self.model}:{self.mode}"
 
+    @property
+    def has_tier(self) -> bool:
+        return self.mode.endswith("tier")
+
+    @property
+    def is_invariant(self) -> bool:
+        return self.mode.startswith("invariant")
+
 
 class Running(NamedTuple):
     """A case's server; `lender` with the tier. `startup_s`: from launch to the first healthy answer."""
@@ -93,7 +103,7 @@ def start(stack: ExitStack, case: Case, logs: Path, timeout_s: float) -> Running
     logs.mkdir(parents=True, exist_ok=True)
     lender: LenderProcess | None = None
     tier: tuple[str, ...] = ()
-    if case.mode == "tier":
+    if case.has_tier:
         lender, tier = _start_lender(stack, case, logs)
     words, environment = _cpu(tier) if case.model == "tiny" else _gpu(case, stack, tier)
     log = logs / f"server_{case.model}_{case.mode}.log"
@@ -121,7 +131,7 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="specgen-model-")))
     write_folder(facts, folder)
     fp8 = case.mode == "fp8"
-    pool = TIER_POOL if case.mode == "tier" else FORK_POOL
+    pool = TIER_POOL if case.has_tier else FORK_POOL
     words = ["--enable-specgen", "--model-path", str(folder), *GPU_ARGUMENTS, *FORK_ARGUMENTS, *tier]
     words += server_arguments(facts, "fp8_e4m3" if fp8 else "bfloat16")
     words += ["--reasoning-parser", facts.reasoning_parser, "--max-total-tokens", str(pool)]
@@ -129,6 +139,7 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
     words += ["--swa-full-tokens-ratio", "0.5"] if facts.attention == "dsv4" else []
     words += ["--tp-size", "2"] if case.mode.startswith("tp2") else []
     words += MTP if "mtp" in case.mode else ()
+    words += ["--enable-fp32-lm-head"] if case.mode == "fp32-head" else []
     return words, {**os.environ, **environment_of(facts, case)}
 
 
@@ -139,5 +150,8 @@ def is_strict(case: Case) -> bool:
 
 def environment_of(facts: Facts, case: Case) -> Mapping[str, str]:
     strict = {STRICT: "1"} if is_strict(case) else {}
-    of_mode = {"mtp-accepted": ACCEPTED, "invariant": invariant.ENVIRONMENT}.get(case.mode, {})
+    of_mode = {
+        **(ACCEPTED if case.mode == "mtp-accepted" else {}),
+        **(invariant.ENVIRONMENT if case.is_invariant else {}),
+    }
     return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}

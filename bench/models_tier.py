@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.kv_tier_client import random_ids
 from bench.models_client import Client, Generated
-from bench.models_forks import TOLERANCE
+from bench.models_compare import TOLERANCE, distance
 from bench.models_servers import Running
 
 LENGTHS = (8_192, 32_768, 131_072)
@@ -21,13 +21,17 @@ def restores(running: Running, lengths: tuple[int, ...] = LENGTHS) -> Iterator[d
     """A row a length: computed, evicted by another prompt of the pool's size, restored, found in the own cache.
 
     That other prompt is computed first, too: the kernels of long prefills compile in it, not in what is timed.
-    Tokens and first logprobs are compared with the computed answer's; the pool holds one prefix of the longest length.
+    Tokens and first logprobs are compared with the computed answer's and with `kept`, the same prompt asked right after
+    it: the same KV where it was computed, a few tokens prefilled behind it. Is that as far from the computed answer as
+    what was restored, restoring adds nothing. The pool holds one prefix of the longest length.
     """
     client = running.client
     client.flush()
     filler = random_ids(99, max(lengths))
     client.generate(filler, ANSWER)
-    computed = {length: ask(client, length) for length in lengths}
+    computed, kept = {}, {}
+    for length in lengths:
+        computed[length], kept[length] = ask(client, length), ask(client, length)
     client.generate(filler, 1)
     _settle(client)
     for length in lengths:
@@ -49,7 +53,13 @@ def restores(running: Running, lengths: tuple[int, ...] = LENGTHS) -> Iterator[d
             "bytes_per_token": moved / restored.restored if restored.restored else None,
             "gbps": moved / busy / 1e9 if busy else None,
             "tokens_equal": restored.ids == computed[length].ids,
-            "logprob": abs(restored.logprobs[0] - computed[length].first.get(restored.ids[0], float("-inf"))),
+            "logprob": distance(restored, computed[length]),
+            "kept": {
+                "tokens_equal": restored.ids == kept[length].ids,
+                "logprob": distance(restored, kept[length]),
+                "tokens_equal_computed": kept[length].ids == computed[length].ids,
+                "logprob_computed": distance(kept[length], computed[length]),
+            },
             "tolerance": TOLERANCE,
             "state": client.state(),
         }

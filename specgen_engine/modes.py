@@ -44,17 +44,28 @@ def _chained(arguments: Any) -> bool:
 
 
 def _own_layers(arguments: Any) -> bool:
-    """The drafts come from layers of the model itself (MTP), not from a draft model."""
+    """The drafts come from layers of the model itself (MTP), not from a draft model; GLM-5's ran without a tier."""
     draft = getattr(arguments, "speculative_draft_model_path", None)
-    return _chained(arguments) and draft in (None, getattr(arguments, "model_path", None))
+    own = draft in (None, getattr(arguments, "model_path", None))
+    has_run = _architecture(arguments) == "GlmMoeDsaForCausalLM" and not _own_tier(arguments)
+    return _chained(arguments) and own and not has_run
+
+
+def _architecture(arguments: Any) -> str:
+    """The model's class, from the config that SGLang has read by then; empty where it has not."""
+    config = getattr(getattr(arguments, "model_config", None), "hf_config", None)
+    return next(iter(getattr(config, "architectures", None) or ()), "")
 
 
 def _host_cache(arguments: Any) -> bool:
     """HiCache in host memory, SGLang's own or --specgen-kv host, beside drafts."""
-    settings = getattr(arguments, "specgen", None)
-    ours = settings is not None and settings.kv.tier in ("peer", "loopback")
     hierarchical = bool(getattr(arguments, "enable_hierarchical_cache", False))
-    return hierarchical and not ours and bool(arguments.speculative_algorithm)
+    return hierarchical and not _own_tier(arguments) and bool(arguments.speculative_algorithm)
+
+
+def _own_tier(arguments: Any) -> bool:
+    settings = getattr(arguments, "specgen", None)
+    return settings is not None and settings.kv.tier in ("peer", "loopback")
 
 
 def _page_sizes(arguments: Any) -> tuple[int | None, ...]:
@@ -70,6 +81,10 @@ MODES: tuple[Mode, ...] = (
          "tests/engine/test_modes.py: forks are sent under their base's adapter"),
     Mode("speculative decoding with an EAGLE draft model", "--speculative-algorithm EAGLE --speculative-eagle-topk 1",
          "works", "tests/engine/test_speculative.py: SGLang's worker on the CPU engine, its kernels in torch; greedy"),
+    Mode("speculative decoding with GLM-5's own layers (MTP)",
+         "--speculative-algorithm EAGLE --speculative-eagle-topk 1", "works",
+         "bench.models on an H200: 64 forks, a storm, strict accounting; random weights, drafts taken for right by "
+         "SGLang's SGLANG_SIMULATE_ACC_LEN"),
     Mode("remote KV tier beside an EAGLE draft model", "--specgen-kv", "works",
          "tests/engine/test_speculative.py: on the CPU engine; the draft's KV is not kept, so that it guesses worse "
          "after a restore"),
@@ -100,8 +115,8 @@ MODES: tuple[Mode, ...] = (
     Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
          _above("nnodes", 1)),
     Mode("speculative decoding with a chain of drafts (MTP, EAGLE)", "--speculative-algorithm EAGLE", "refused",
-         "not run with accepted drafts where they come from the model's own MTP layers: GLM-5's forks ran on an H200 "
-         "whose random weights accept none, DeepSeek-V4's nowhere; leave it out", _own_layers, untested=True),
+         "where the drafts come from the model's own MTP layers it has run for GLM-5 without the remote KV tier only; "
+         "leave it out, or the tier", _own_layers, untested=True),
     Mode("other speculative decoding (a tree of drafts, EAGLE3, NGRAM, ...)", "--speculative-algorithm", "refused",
          "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
          "lengths are untested; use EAGLE with --speculative-eagle-topk 1",
@@ -123,10 +138,10 @@ MODES: tuple[Mode, ...] = (
          "fork points are tested on SGLang's own tree; leave it out",
          _set("radix_cache_backend", "enable_lmcache", "enable_flexkv")),
     Mode("DeepSeek-V4", "--model-path", "refused",
-         "forks ran on an H200; a storm and the comparison's controls are not run; serve a model with full attention",
-         untested=True),
+         "forks ran on an H200, as near to an empty cache as ordinary reuse; a storm is not run; serve a model with "
+         "full attention", untested=True),
     Mode("remote KV tier of DeepSeek-V4", "--specgen-kv peer, loopback", "refused",
-         "not run on a GPU yet: on a CPU pages, losses and accounts of its pools are right; use --specgen-kv off",
+         "on an H200 restores of 8k to 128k tokens ran, forks and a storm are not run; use --specgen-kv off",
          untested=True),
     Mode("other hybrid models (sliding window, Mamba)", "--model-path", "refused",
          "the state of a prefix can't be published at any token; serve a model with full attention"),

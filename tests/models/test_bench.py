@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import models
+from bench import models, models_forks, models_tier
 from bench.models_client import Generated
-from bench.models_forks import Fork, reuse_decoded, reuse_prefilled
+from bench.models_compare import even_split, paired
+from bench.models_forks import Fork, Shape, check_forks, reuse_decoded, reuse_prefilled
 from bench.models_load import held, slowdown_of
 from bench.models_merge import merge
 from bench.models_servers import Case, Running, case_of, environment_of
@@ -114,6 +115,23 @@ def test_runs_lie_beside_each_other_by_date_without_folders() -> None:
     assert [list(run["cases"]) for run in merge({}, run_of("2026-01-01", "first"))["runs"]] == [["first"]]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "case", "on"),
+    [
+        (2, "a:plain", "2 GPUs"),
+        (2, "a:tier", "2 GPUs; the tier's lender on another GPU"),
+        (1, "a:invariant-tier", "1 GPU; the tier's lender on the serving GPU: copies within its memory, no NVLink"),
+    ],
+)
+def test_a_run_says_where_it_was_made_and_no_folder_of_that_machine(gpus: int, case: str, on: str) -> None:
+    run = run_of("2026-01-02", case)
+    log = "/dev/shm/site/sglang/launch.py:56: '/tmp/specgen-model-x' POST /v1/chat/completions"
+    run |= {"machine": {"date": "2026-01-02", "gpus": gpus}, "cases": {case: {"storm": {"log": [log]}}}}
+    (merged,) = merge({}, run)["runs"]
+    assert merged["on"] == on
+    assert merged["cases"][case]["storm"]["log"] == ["launch.py:56: 'specgen-model-x' POST /v1/chat/completions"]
+
+
 class Engine:
     """A server whose logprob is away by `error` wherever a prefix was cached; keeps what it was asked."""
 
@@ -157,6 +175,70 @@ def test_the_controls_see_what_reusing_an_ordinary_prefix_does(error: float, wit
     assert sorted(engine.asked[:3]) == own, "the base's own words"
     assert row["logprob_within"] == within + (error > 0), "one of them found no prefix"
     assert row["reused_mean"] == pytest.approx((5 + 0 + 3) / 3)
+
+
+def test_inputs_that_are_outside_alone_are_counted_and_weighed() -> None:
+    forks = {"away": [0.02] * 5 + [0.0] * 3 + [0.0101, 0.02]}
+    control = {"away": [0.0] * 5 + [0.01, 0.011, 0.0] + [0.5, 0.5]}
+    assert paired(forks, control) == {"forks_only": 5, "other_only": 1, "both": 2, "p": pytest.approx(14 / 64)}
+    assert [even_split(0, 0), even_split(3, 3), even_split(9, 0)] == [1.0, 1.0, 2 / 512]
+
+
+def record_of(prompt: list[int], said: list[int]) -> dict[str, Any]:
+    fork = {"state": "length", "prompt_tokens": len(prompt), "at_token": len(said) - 1, "prefix_reused": len(prompt)}
+    ids = {"forks": [{"input_ids": [*prompt, *said[:-1], 90], "output_ids": [7, 8]}], "base": said}
+    return {"forks": [fork], "forks_skipped": 0, "ids": ids}
+
+
+def test_a_row_of_forks_holds_each_input_and_stays_where_it_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [record_of([1, 2], [3, 4, 5]), record_of([6], [8, 9])]
+    monkeypatch.setattr(models_forks, "search_all", lambda *_: records)
+    shape = Shape(bases=2, forks=1)
+    whole = check_forks(Engine(0.5), 1, shape, {})  # type: ignore[arg-type]
+    assert whole["lengths"] == [5, 3]
+    assert whole["agreed"] == [1, 1]
+    assert whole["control"]["agreed"] == [2, 2]
+    assert whole["control"]["away"] == [0.0, 0.0]
+    assert whole["reuse_prefilled"]["away"] == [0.5, 0.5]
+    assert whole["paired"]["control"] == {"forks_only": 0, "other_only": 0, "both": 0, "p": 1.0}
+
+    engine, row, flushes = Engine(0.5), {}, iter(range(2))  # type: ignore[var-annotated]
+    monkeypatch.setattr(engine, "flush", lambda: next(flushes))
+    with pytest.raises(StopIteration):
+        check_forks(engine, 1, shape, row)  # type: ignore[arg-type]
+    assert row["lengths"] == [5, 3]
+    assert "control" not in row, "the budget ended in it"
+
+
+def test_what_a_wrong_page_does_is_asked_where_the_fork_stopped_reusing() -> None:
+    engine: Any = Engine(0.0)
+    fork = Fork(0, list(range(300)), [7], 100, 299, 256)
+    rows = models_forks.sensitivity(engine, [fork])
+    _right, middle, end = ([at for at, one in enumerate(ids) if one != at] for ids in engine.asked)
+    assert (middle[0], middle[-1], end[0], end[-1]) == (150, 213, 192, 255)
+    assert rows.keys() == {"sensitivity", "sensitivity_end"}
+    assert rows["sensitivity_end"]["shift_min"] == pytest.approx(64 / 1e6)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5])
+def test_a_restored_prefix_is_set_beside_the_one_that_was_kept(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """Of four answers the third comes from the tier, which spoils it by `wrong`."""
+    engine: Any = Engine(0.25)
+    engine.state = dict
+    asked = 0
+
+    def ask(_client: Any, length: int) -> Generated:
+        nonlocal asked
+        asked += 1
+        value = -1.0 - (0.25 if asked > 1 else 0.0) - (wrong if asked == 3 else 0.0)
+        return Generated([7], [value], {7: value}, length, length, 1.0)
+
+    monkeypatch.setattr(models_tier, "ask", ask)
+    monkeypatch.setattr(models_tier, "_settle", lambda *_: None)
+    (row,) = models_tier.restores(Running(case_of("tiny:tier"), engine, Path("log"), 0.0, None), (4,))
+    assert row["logprob"] == pytest.approx(0.25 + wrong)
+    assert row["kept"]["logprob"] == pytest.approx(wrong)
+    assert row["kept"]["logprob_computed"] == pytest.approx(0.25)
 
 
 def test_modes_that_need_sglangs_switches_set_those_it_has() -> None:

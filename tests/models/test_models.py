@@ -166,13 +166,35 @@ def test_a_fork_point_of_a_windowed_tree_is_published_by_whole_pages(monkeypatch
 def test_batch_invariant_operators_are_sglangs_switch_and_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt import runtime_context
     from sglang.srt.arg_groups.arg_utils import namespace_of
+    from sglang.srt.environ import envs
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend
     from sglang.srt.server_args import ServerArgs
 
     written: dict[str, bool] = {}
     context = SimpleNamespace(override=lambda _source, **fields: written.update(fields))
     monkeypatch.setattr(runtime_context, "get_context", lambda: context)
+    own = DSATopKBackend.topk_func
+    monkeypatch.setattr(DSATopKBackend, "topk_func", own)
     weights.initialize(lambda _model: None, Small())
     assert not written
+    assert DSATopKBackend.topk_func is own
     monkeypatch.setenv(invariant.SWITCH, "1")
     weights.initialize(lambda _model: None, Small())
+    weights.initialize(lambda _model: None, Small())
+    assert getattr(DSATopKBackend.topk_func, "__wrapped__", None) is own, "once, also where a draft model follows"
+    assert hasattr(envs, "SGLANG_DSA_FUSE_TOPK")
+    assert invariant.ENVIRONMENT["SGLANG_DSA_FUSE_TOPK"] == "0", "fused, it chooses slots: topk_func is not asked"
     assert written.keys() == {"enable_deterministic_inference"} <= namespace_of(ServerArgs).keys()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 99))
+def test_chosen_positions_are_the_same_ones_in_their_own_order(lengths: list[int], topk: int, seed: int) -> None:
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend
+
+    score = torch.rand(len(lengths), 9, generator=torch.Generator().manual_seed(seed))
+    asked = (DSATopKBackend.TORCH, score, torch.tensor(lengths), topk)
+    theirs, ours = DSATopKBackend.topk_func(*asked), invariant.in_order(DSATopKBackend.topk_func)(*asked)
+    assert ours.dtype == theirs.dtype
+    for length, row, before in zip(lengths, ours.tolist(), theirs.tolist(), strict=True):
+        chosen = [at for at in before if at >= 0]
+        assert row == sorted(chosen) + [-1] * (topk - min(length, topk))
