@@ -9,8 +9,9 @@ set -u
 OUT=${OUT:-models_results}
 CARRY=${CARRY:-build/carry_models}
 SITE=${SITE:-site}
-CASES=${CASES:-deepseek-v4-small:tier@0 glm5-small:tier@0 deepseek-v4-small:plain@0 glm5-small:invariant@0 deepseek-v4-small:mtp-accepted@0 glm5-small:mtp-accepted@0}
-STEPS=${STEPS:-smoke restores forks storm slowdown}
+CASES=${CASES:-glm5-small:invariant-tier@0 deepseek-v4-small:plain@0 deepseek-v4-small:tier@0 deepseek-v4-small:mtp-accepted@0 deepseek-v4-small:fp32-head@0}
+# What was never reached comes first; what is timed waits until nothing else runs.
+STEPS=${STEPS:-smoke forks storm restores slowdown}
 [ -z "${WARM:-}" ] || STEPS=smoke
 BUDGET_S=${BUDGET_S:-285}
 PYTHON=${PYTHON:-python3}
