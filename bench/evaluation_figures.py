@@ -131,10 +131,10 @@ def spread(values: list[float]) -> dict[str, float] | None:
     return {"n": len(values)} | {key: round(value, 4) for key, value in figures.items()}
 
 
-def by_step(rows: Rows) -> dict[str, Any]:
-    """The harness's own time by step, the largest median first."""
-    names = {name for row in rows for name in row["overhead"]}
-    found = {name: percentiles([row["overhead"].get(name, 0.0) for row in rows]) for name in names}
+def by_step(rows: Rows, of: str = "overhead") -> dict[str, Any]:
+    """The harness's own time by step (of: or by "stages"), the largest median first."""
+    names = {name for row in rows for name in row[of]}
+    found = {name: percentiles([row[of].get(name, 0.0) for row in rows]) for name in names}
     return dict(sorted(found.items(), key=lambda item: -item[1]["p50"] if item[1] else 0.0))
 
 

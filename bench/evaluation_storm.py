@@ -5,7 +5,8 @@
 Shows that every job gets its verdict, that no process is left, that the next job after a hang runs soon, and (on a
 GPU) that its memory is what it was. After S seconds none is begun any more; the report says how many were. What is
 killed from outside is any process of any worker's, so with several workers an honest candidate's is, too: it is to be
-judged again, which the report counts. --faults kill,hang draws from these alone.
+judged again, which the report counts. --faults kill,hang draws from these alone. What an honest evaluation spends, and
+how long the device is timed on and is not in between, is in the report: it says what bounds the rate.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import psutil
 
+from bench.evaluation_figures import by_step, percentiles
 from bench.machine import new_report, write_report
 from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
 from specgen_engine.evaluation.gpulock import name_of_gpu
@@ -47,6 +49,8 @@ TASK = Task(
     "storm",
 )
 HEAD = "import ctypes, os, time, torch\n"
+HEAD_ON_GPU = f"{HEAD}import triton\n"
+"""As most candidates there do: the next one's CUDA context is made beside this one's check, as for any of them."""
 CLASS = "class ModelNew(torch.nn.Module):\n    def forward(self, x):\n        "
 GOOD = "return torch.softmax(x, -1)"
 SPIN = (
@@ -71,7 +75,8 @@ class Seen:
     """next_after_hang: seconds from a hang's verdict until the next job had the device, of several workers for timing.
 
     begun: how many were submitted. killed: from outside, by kind. made_again: verdicts of a second try, after a kill.
-    told: called after every verdict.
+    rows: of honest candidates, what their verdicts say of their seconds. timed: seconds from the start of a timing to
+    its verdict. between: from there until the next timing. told: called after every verdict.
     """
 
     begun: int = 0
@@ -81,14 +86,30 @@ class Seen:
     lost: int = 0
     killed: Counter[str] = field(default_factory=Counter)
     made_again: int = 0
+    rows: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    timed: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    freed_at: float | None = None
     told: Callable[[Seen], None] = lambda seen: None
+
+    def timing_begins(self) -> float:
+        now = time.monotonic()
+        if self.freed_at is not None:
+            self.between.append(round(now - self.freed_at, 4))
+            self.freed_at = None
+        return now
+
+    def timing_ended(self, began: float) -> None:
+        self.freed_at = time.monotonic()
+        self.timed.append(round(self.freed_at - began, 4))
 
 
 def candidate_of(number: int, fault: str, device: str) -> Candidate:
     """Each text is its own, so that nothing is remembered of another's."""
+    on_gpu = device.startswith("cuda")
     body = FAULTS[fault][0] if fault else GOOD
-    top = HEAD
-    if fault == "hang" and device.startswith("cuda"):
+    top = HEAD_ON_GPU if on_gpu else HEAD
+    if fault == "hang" and on_gpu:
         body, top = GPU_HANG, HEAD + SPIN
     return Candidate(f"{top}# {number}\n{CLASS}{body}\n")
 
@@ -119,10 +140,15 @@ async def storm(
             seen.begun += 1
             job = pool.submit(TASK, candidate_of(number, fault, str(pool.snapshot()["device"])), search="storm")
             killer = asyncio.create_task(_kill_when_running(job, rng, kill_workers, seen)) if fault == "kill" else None
+            began: float | None = None
             async for stage in job.events():
                 if stage is device_is_taken and "at" in hung_at:
                     seen.next_after_hang.append(round(time.monotonic() - hung_at.pop("at"), 3))
+                if stage is Stage.TIME:
+                    began = seen.timing_begins()
             verdict = await asyncio.wait_for(job.verdict(), 120)
+            if began is not None:
+                seen.timing_ended(began)
             if killer is not None:
                 await killer
             _note(seen, number, fault, verdict)
@@ -141,6 +167,9 @@ async def storm(
 def _note(seen: Seen, number: int, fault: str, verdict: Verdict) -> None:
     seen.statuses[f"{fault or 'good'}: {verdict.status}"] += 1
     seen.made_again += "made_again" in verdict.conditions
+    if not fault and verdict.status == Status.CORRECT:
+        stages = {str(stage): seconds for stage, seconds in verdict.stages.items()}
+        seen.rows.append({"stages": stages, "overhead": verdict.overhead})
     if verdict.status not in (FAULTS[fault][1] if fault else {Status.CORRECT}):
         seen.wrong.append(f"{number} {fault or 'good'}: {verdict.status} {verdict.reason}"[:300])
 
@@ -246,6 +275,12 @@ def measure(
             "unexpected": seen.wrong,
             "worker_restarts": restarts,
             f"seconds_from_a_hang_to_the_next_{'check' if workers == 1 else 'timing'}": seen.next_after_hang,
+            "seconds_of_an_honest_one": {
+                "stages": by_step(seen.rows, "stages"),
+                "overhead": by_step(seen.rows, "overhead"),
+            },
+            "seconds_timed": percentiles(seen.timed),
+            "seconds_between_two_timings": percentiles(seen.between),
             "processes_left": left_over(Path(name)),
             "gpu_memory_mib": None if before is None else [before, gpu_memory_mib(device)],
         }

@@ -6,19 +6,21 @@
 #   tests   the rest of tests/evaluation/test_cuda.py, and the GPU's exploits
 #   twice   30 answers that the scores call correct, 10 of them CUDA C++, in one pool and then in another
 #   storm   500 evaluations, every fifth faulty, as many as fit
+#   contexts  what making CUDA contexts takes, one and several at once
 #   profile one Triton answer under ncu; says which sandbox the candidate was in
 #   cute    a CuTe DSL candidate; skipped, and said so, where the package cutlass is missing
 #   rate    Triton and CUDA C++ answers in a pool, then in loops of fresh processes, both at once
 #   judge   answers without a row in the packed report, against scores.json
-# A step's limit: CANCEL_S, TESTS_S, TWICE_S, STORM_S, PROFILE_S, CUTE_S, RATE_LIMIT_S, JUDGE_S; none goes on past SECONDS,
-# one that fails or is cut off stops no other. Answers whose compiled library is in PACK are not compiled: a stand-in
-# for ninja puts the library in its place, for the fresh processes too. DEVICE=cpu is a rehearsal. Leaves in OUT:
-# evaluation.json and evaluation_storm.json (both written after every verdict), profile_ncu.json, cute.json, and all.log,
-# what every step printed.
+# A step's limit: CANCEL_S, TESTS_S, TWICE_S, STORM_S, CONTEXTS_S, PROFILE_S, CUTE_S, RATE_LIMIT_S, JUDGE_S; none goes on
+# past SECONDS, one that fails or is cut off stops no other. Answers whose compiled library is in PACK are not compiled: a
+# stand-in for ninja puts the library in its place, for the fresh processes too. DEVICE=cpu is a rehearsal. Leaves in OUT:
+# evaluation.json and evaluation_storm.json (both written after every verdict), contexts.json, profile_ncu.json,
+# cute.json, and all.log, what every step printed.
 set -u
 pack=$(realpath "$1") total=${2:-580}
 DEVICE=${DEVICE:-cuda:0} STEPS=${STEPS:-cancel tests twice storm profile cute rate} LABEL=${LABEL:-$(date +%F)}
-LIGHT_WORKERS=${LIGHT_WORKERS:-4} WORKERS=${WORKERS:-12} HOST_FOLDER=${HOST_FOLDER:-/opt/specgen-evaluation}
+LIGHT_WORKERS=${LIGHT_WORKERS:-4} WORKERS=${WORKERS:-6} STORM_WORKERS=${STORM_WORKERS:-8}
+HOST_FOLDER=${HOST_FOLDER:-/opt/specgen-evaluation}
 export OUT PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site"
 SPECGEN_COMMIT=$(cat "$pack/COMMIT")
 mkdir -p "$OUT"
@@ -86,7 +88,7 @@ run_rate() {
 }
 run_twice() {
     local limit
-    limit=$(left "${TWICE_S:-170}")
+    limit=$(left "${TWICE_S:-200}")
     step twice "$limit" "${bench[@]}" --twice "${TWICE:-30}" --budget-s $((limit - 20)) --builds "$HOST_FOLDER/builds"
     grep -h ' s, sandbox' "$last"
     sed -n '/"two_runs"/,$p' "$last" | head -c 2500
@@ -95,8 +97,12 @@ run_storm() {
     local limit
     limit=$(left "${STORM_S:-120}")
     step storm "$limit" python3 -m bench.evaluation_storm --json out/evaluation_storm.json \
-        --evaluations "${STORM_EVALUATIONS:-500}" --device "$DEVICE" --workers "$LIGHT_WORKERS" --seconds $((limit - 25))
+        --evaluations "${STORM_EVALUATIONS:-500}" --device "$DEVICE" --workers "$STORM_WORKERS" --seconds $((limit - 25))
     tail -c 1500 "$last"
+}
+run_contexts() {
+    step contexts "${CONTEXTS_S:-75}" python3 -m bench.evaluation_contexts --json out/contexts.json --device "$DEVICE"
+    cut -c 1-400 "$last"
 }
 pytest=(python3 -m pytest -m gpu -q -rA -p no:cacheprovider --timeout 90)
 run_cancel() {

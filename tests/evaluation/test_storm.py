@@ -13,6 +13,11 @@ def _survives(count: int, workers: int) -> None:
     assert found["unexpected"] == [], found
     assert found["processes_left"] == [], found
     assert sum(found["verdicts"].values()) == count
+    honest = sum(n for told, n in found["verdicts"].items() if told == "good: correct")
+    assert found["seconds_of_an_honest_one"]["stages"]["time"]["n"] == honest
+    timed = sum(n for told, n in found["verdicts"].items() if told.endswith("correct"))
+    assert found["seconds_timed"]["n"] >= timed
+    assert found["seconds_between_two_timings"]["n"] == found["seconds_timed"]["n"] - 1
     assert max(found["seconds_from_a_hang_to_the_next_check"], default=0) < 2.0, found
 
 
