@@ -15,8 +15,10 @@ from specgen_engine.controller.events import ForkBudget, ForkDone, Script, Sessi
 from specgen_engine.controller.learning import TRIGGER as ADAPTIVE
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes
+from specgen_engine.controller.repeats import worth_ending
 from specgen_engine.controller.report import ForkRecord, LateFork, SearchRecord
 from specgen_engine.controller.request import Plan
+from specgen_engine.controller.sayings import Sayings
 from specgen_engine.controller.thinking import fork_suffix
 from specgen_engine.controller.triggers import name_of
 from specgen_engine.evaluation.base import Candidate, Pool
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 LOOK_TOKENS = 32
 """How often a fork's text is looked at for whether it is an answer at all."""
 REASONED_ON = "reasoned on"
+REPEATS = "repeats: fork "
+"""and its number: likely the same answer as that fork's, and ended before it was whole."""
+ABORTED = ("aborted", REASONED_ON)
 ASKED = "asked"
 """Trigger of a fork that somebody asked for by name: it is made whenever it comes."""
 
@@ -54,6 +59,7 @@ class Forks:
         self._made_at: set[int] = set()
         self._awaited: list[TriggerFired] = []
         self._texts: dict[str, Output] = {}
+        self._said = Sayings()
         self._views: dict[int, View] = {}
         self._last = 0
         self._feedback = ""
@@ -170,10 +176,11 @@ class Forks:
                 output = step
                 record.tokens = max(record.tokens, len(step.ids))  # an abort comes without ids
                 record.prefix_reused = int(step.meta.get("cached_tokens", 0))
-                if recorded is None and record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
+                self._said.hear(record.n, step.ids)
+                if record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
                     looked_at = record.tokens
-                    if goes_on_reasoning(step.text):
-                        record.state = REASONED_ON
+                    if (why := self._cut(record, step.text, recorded is not None)) is not None:
+                        record.state = why
                         self.engine.abort(rid)
         except Exception as failure:
             error = str(failure)
@@ -183,12 +190,42 @@ class Forks:
             output.meta["specgen_recorded"] = recorded
         self._post(ForkDone(record, output, error))
 
+    def _cut(self, record: ForkRecord, text: str, recorded: bool) -> str | None:
+        """Why a fork is not to go on: the state that it ends in. A recorded one is an answer whatever it looks like."""
+        if not recorded and goes_on_reasoning(text):
+            return REASONED_ON
+        earlier = self._repeated(record) if self.plan.end_repeats else None
+        if earlier is None:
+            return None
+        self.learner.repeats, really = self.learner.repeats.chose()
+        if not really:
+            self._said.let_go(record.n)
+            return None
+        self._said.leave(record.n)
+        return f"{REPEATS}{earlier}"
+
+    def _repeated(self, record: ForkRecord) -> int | None:
+        """The earlier fork whose answer this one writes again, so likely that it is not worth while to go on."""
+        earlier = self._said.followed(record.n)
+        if earlier is None:
+            return None
+        whole = float(self._said.tokens(earlier))
+        if self.record.forks[earlier - 1].finished_s is None:
+            whole = max(whole, self.learner.answer_tokens(self.plan.task.name))
+        left, spent = whole - record.tokens, self._last + self.record.fork_tokens
+        worth = worth_ending(self.learner.repeats, record.tokens, left, spent, len(self.record.candidates))
+        return earlier if worth else None
+
     def finish(self, record: ForkRecord, output: Output | None, error: str) -> str | None:
         """Write what became of a fork into its record; returns the candidate it wrote, if any."""
         record.finished_s = self._now()
         source = None if output is None else self._source_of(record, output)
         if output is None:
             record.state = f"failed: {error}" if error else "failed"
+        if output is None or record.state in ABORTED:
+            self._said.leave(record.n)
+        if record.state.startswith(REPEATS):
+            record.candidate = self.record.forks[int(record.state.removeprefix(REPEATS)) - 1].candidate
         if source is None:
             self.learn(record.n, 0.0)
         elif output is not None:
@@ -200,10 +237,11 @@ class Forks:
     def _source_of(self, record: ForkRecord, output: Output) -> str | None:
         record.prefix_computed = record.input_tokens - record.prefix_reused
         self.record.ids.fork_outputs[record.n] = array("i", output.ids)
-        finish = output.finish or {}
-        if record.state != REASONED_ON:
-            record.state = "aborted" if finish.get("type") == "abort" else str(finish.get("type") or "done")
-        return extract_candidate(output.text) if record.state not in ("aborted", REASONED_ON) else None
+        finish = (output.finish or {}).get("type")
+        if record.state == "running" or (record.state.startswith(REPEATS) and finish != "abort"):
+            record.state = "aborted" if finish == "abort" else str(finish or "done")
+        whole = record.state not in ABORTED and not record.state.startswith(REPEATS)
+        return extract_candidate(output.text) if whole else None
 
     def harvest(self, message: TriggerFired, base: Output) -> str | None:
         """The module that the reasoning has just drafted whole: a candidate without a generation."""
@@ -216,8 +254,11 @@ class Forks:
         self._texts.setdefault(Candidate(source).hash, Output(self.engine.encode(answer), answer, {}))
         return source
 
-    def same_as(self, fork: ForkRecord, source: str, known: str) -> None:
-        """A fork's candidate that differs in nothing that matters from one known by another hash."""
+    def entered(self, fork: ForkRecord, source: str, known: str, fresh: bool) -> None:
+        """A fork's candidate is in the competition as `known`, perhaps a hash of one that differs in nothing that
+        matters. fresh: it was not there before."""
+        if (agreed := self._said.agreed(fork.n)) is not None:
+            self.learner.repeats = self.learner.repeats.learnt(agreed, not fresh)
         own = Candidate(source).hash
         if own != known:
             self._texts.setdefault(known, self._texts[own])

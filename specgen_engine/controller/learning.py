@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 
 from specgen_engine.controller.adaptive import Costs, Family, View, dumps, loads, observed, wants_fork
+from specgen_engine.controller.repeats import Evidence
 from specgen_engine.errors import ConfigError
 
 TRIGGER = "adaptive"
@@ -19,12 +20,14 @@ LEAST_WHOLE, MOST_WHOLE = 4, 64
 class Learner:
     """Every fork of the server teaches; searches with the trigger ``adaptive`` ask. One event loop, no lock.
 
-    path: the state's file, None keeps it in memory. Raises ConfigError when the file is there but not usable.
+    path: the state's file, None keeps it in memory. repeats: of forks, for this life only. Raises ConfigError when the
+    file is there but not usable.
     """
 
     def __init__(self, model: str, path: Path | None = None, costs: Costs | None = None) -> None:
         self.model, self.path, self.costs = model, path, costs or Costs()
         self.families: dict[str, Family] = {}
+        self.repeats = Evidence()
         self._whole: dict[str, deque[int]] = {}
         self._dirty = False
         if path is not None and path.exists():

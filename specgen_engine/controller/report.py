@@ -12,7 +12,10 @@ from specgen_engine.evaluation.base import Status
 
 @dataclass(slots=True)
 class ForkRecord:
-    """at_token: reasoning tokens before the fork. prefix_reused: cached tokens of its input. Seconds from the start."""
+    """at_token: reasoning tokens before the fork. prefix_reused: cached tokens of its input. Seconds from the start.
+
+    candidate: that it wrote, or, of one that was ended as a repeat, that of the fork it follows.
+    """
 
     n: int
     trigger: str

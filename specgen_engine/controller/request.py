@@ -37,6 +37,7 @@ class ForkOptions(BaseModel):
     nudge: Text | None = Field(default=None, max_length=10_000)
     temperature: float | None = Field(default=None, ge=0, le=2)
     max_tokens: int | None = Field(default=None, ge=1)
+    end_repeats: bool = False
 
 
 class RequestOptions(BaseModel):
@@ -69,6 +70,7 @@ class Plan:
     fork_tokens: int
     iteration: int | None = None
     feedback: bool = False
+    end_repeats: bool = False
 
 
 def take_out(sampling_params: dict[str, Any] | None) -> Any:
@@ -138,6 +140,7 @@ def plan_search(
         fork_tokens=min(fork.max_tokens or config.fork.max_tokens, config.fork.max_tokens),
         iteration=asked.iteration,
         feedback=config.fork.feedback,
+        end_repeats=fork.end_repeats,
     )
 
 

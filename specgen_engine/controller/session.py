@@ -324,7 +324,7 @@ class Session:
         record, job = self._competition.enter(source, origin, fork.n if fork else None, recorded, at_token)
         self._notes.candidate(record)
         if fork is not None:
-            self._forks.same_as(fork, source, record.hash)
+            self._forks.entered(fork, source, record.hash, fresh=job is not None)
             if job is None:
                 self._forks.learn(fork.n, 0.0)
         if job is not None:

@@ -153,7 +153,10 @@ class Rig:
     ) -> None:
         self.engine, self.pool, self.budget = FakeEngine(), FakePool(options.pop("problem", None)), Budget(4)
         feedback = options.pop("feedback", False)
-        plan = Plan(TASK, named, "every:10", termination, "Now: ", 0.7, 64, feedback=feedback)
+        repeats = options.pop("end_repeats", False)
+        plan = Plan(
+            TASK, named, "every:10", termination, "Now: ", 0.7, 64, feedback=feedback, end_repeats=repeats
+        )  # fmt: skip
         settings = SessionOptions(
             style=STYLES["qwen3"], opened=True, streaming=streaming, per_search=options.pop("per_search", 2),
             grace_s=options.pop("grace_s", 5), page_size=1, prompt_ids=PROMPT,

@@ -65,7 +65,7 @@ def test_a_task_is_taken_from_the_prompt_only_where_allowed_or_named() -> None:
     assert plan_search(None, PROMPT, explicit) is None
     plan = plan_search(None, PROMPT, prompt)
     assert plan is not None
-    assert (plan.task.source.strip(), plan.named) == (TASK.strip(), False)
+    assert (plan.task.source.strip(), plan.named, plan.end_repeats) == (TASK.strip(), False, False)
     named = plan_search(RequestOptions(), PROMPT, explicit)
     assert named is not None
     assert named.named
@@ -76,11 +76,17 @@ def test_a_task_is_taken_from_the_prompt_only_where_allowed_or_named() -> None:
 def test_the_request_narrows_the_configuration() -> None:
     config = SpecGenConfig.model_validate({"fork": {"max_tokens": 100, "nudge": "A"}})
     options = RequestOptions.model_validate(
-        {"task": TASK, "trigger": "fence", "termination": "correct", "fork": {"max_tokens": 500, "nudge": ""}}
+        {
+            "task": TASK,
+            "trigger": "fence",
+            "termination": "correct",
+            "fork": {"max_tokens": 500, "nudge": "", "end_repeats": True},
+        }
     )
     plan = plan_search(options, "", config)
     assert plan is not None
     assert (plan.trigger, plan.termination, plan.fork_tokens, plan.nudge) == ("fence", "correct", 100, "")
+    assert plan.end_repeats
 
 
 def test_a_task_path_must_be_under_an_allowed_root(tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_one_that_works_again_is_not_movable_when_its_old_dwell_ends() -> None:
     assert not pool.occupy(0, P, 11.0)
     pool.wake(20.0)
     assert not pool.movable[P]
+    pool.rest(0)
+    pool.wake(20.0)
+    pool.occupy(0, V, 21.0)
+    pool.rest(0)
+    pool.occupy(0, P, 22.0)
+    pool.rest(0)
+    pool.wake(23.0)
+    assert not pool.movable[P], "its dwell of before ends, that of its latest switch does not"
     pool.check_integrity()
 
 
