@@ -32,7 +32,11 @@ from specgen_engine.evaluation.worker_main import import_for_children
 
 LIFE_S = 60
 Steps = Sequence[tuple[str, Callable[[str], object]]]
-VARIANTS = {"candidate": {}, "judge": {}, "candidate, one queue": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}
+VARIANTS: dict[str, dict[str, str]] = {
+    "candidate": {},
+    "judge": {},
+    "candidate, one queue": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+}
 """Kinds of processes, each with what its environment has before the driver is asked anything."""
 
 
@@ -167,8 +171,8 @@ def main() -> int:
     import_for_children(args.device)
     report = new_report("specgen.contexts/1", None, "bench.evaluation_contexts") | {"device": args.device}
     kinds = {kind: JUDGE if kind == "judge" else CANDIDATE for kind in VARIANTS}
-    counts = [[int(one) for one in text.split(",")] for text in (args.at_once, args.held)]
-    report["rows"] = measure(args.device, *counts, args.rounds, kinds)
+    at_once, beside = ([int(one) for one in text.split(",")] for text in (args.at_once, args.held))
+    report["rows"] = measure(args.device, at_once, beside, args.rounds, kinds)
     write_report(args.json, report)
     return int(any(row["faults"] for row in report["rows"]))
 
