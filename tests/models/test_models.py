@@ -166,35 +166,78 @@ def test_a_fork_point_of_a_windowed_tree_is_published_by_whole_pages(monkeypatch
 def test_batch_invariant_operators_are_sglangs_switch_and_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt import runtime_context
     from sglang.srt.arg_groups.arg_utils import namespace_of
-    from sglang.srt.environ import envs
     from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend
     from sglang.srt.server_args import ServerArgs
 
     written: dict[str, bool] = {}
     context = SimpleNamespace(override=lambda _source, **fields: written.update(fields))
     monkeypatch.setattr(runtime_context, "get_context", lambda: context)
-    own = DSATopKBackend.topk_func
-    monkeypatch.setattr(DSATopKBackend, "topk_func", own)
+    own = DSATopKBackend.topk_transform
+    monkeypatch.setattr(DSATopKBackend, "topk_transform", own)
     weights.initialize(lambda _model: None, Small())
     assert not written
-    assert DSATopKBackend.topk_func is own
+    assert DSATopKBackend.topk_transform is own
     monkeypatch.setenv(invariant.SWITCH, "1")
     weights.initialize(lambda _model: None, Small())
     weights.initialize(lambda _model: None, Small())
-    assert getattr(DSATopKBackend.topk_func, "__wrapped__", None) is own, "once, also where a draft model follows"
-    assert hasattr(envs, "SGLANG_DSA_FUSE_TOPK")
-    assert invariant.ENVIRONMENT["SGLANG_DSA_FUSE_TOPK"] == "0", "fused, it chooses slots: topk_func is not asked"
+    assert getattr(DSATopKBackend.topk_transform, "__wrapped__", None) is own, "once, also where a draft model follows"
     assert written.keys() == {"enable_deterministic_inference"} <= namespace_of(ServerArgs).keys()
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 99))
-def test_chosen_positions_are_the_same_ones_in_their_own_order(lengths: list[int], topk: int, seed: int) -> None:
-    from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 99), st.booleans())
+def test_chosen_tokens_are_the_highest_ones_by_position_in_their_requests_slots(
+    lengths: list[int], topk: int, seed: int, packed: bool
+) -> None:
+    """Requests whose last tokens are computed at once; scores of each lie behind the others' (packed) or in a table."""
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import DSATopKBackend, TopkTransformMethod
 
-    score = torch.rand(len(lengths), 9, generator=torch.Generator().manual_seed(seed))
-    asked = (DSATopKBackend.TORCH, score, torch.tensor(lengths), topk)
-    theirs, ours = DSATopKBackend.topk_func(*asked), invariant.in_order(DSATopKBackend.topk_func)(*asked)
-    assert ours.dtype == theirs.dtype
-    for length, row, before in zip(lengths, ours.tolist(), theirs.tolist(), strict=True):
-        chosen = [at for at in before if at >= 0]
-        assert row == sorted(chosen) + [-1] * (topk - min(length, topk))
+    generator = torch.Generator().manual_seed(seed)
+    total, width, page = sum(lengths), 12, 4
+    known = [torch.randint(length, width + 1, (), generator=generator).item() for length in lengths]
+    seen = torch.tensor(
+        [of - length + 1 + at for of, length in zip(known, lengths, strict=True) for at in range(length)]
+    )
+    request = [at for at, length in enumerate(lengths) for _ in range(length)]
+    starts = torch.tensor([width * at for at in request]) if packed else torch.zeros(total, dtype=torch.long)
+    score = torch.rand(total, width * (len(lengths) if packed else 1), generator=generator)
+    table = torch.randperm(len(lengths) * 3, generator=generator).reshape(len(lengths), 3)
+    wide = (table[:, :, None] * page + torch.arange(page)).reshape(len(lengths), width)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    asked = (DSATopKBackend.TORCH, score, seen.int(), topk, TopkTransformMethod.PAGED)
+    for metadata in (SimpleNamespace(page_table_1=wide), SimpleNamespace(page_table_1=None, real_page_table=table)):
+        metadata.page_size = page
+        chosen = invariant.in_order(DSATopKBackend.topk_transform)(
+            *asked, metadata, cu_seqlens_q_topk=ends, row_starts=starts.int() if packed else None
+        )
+        assert chosen.dtype == torch.int32
+        for at, row in enumerate(chosen.tolist()):
+            best = score[at, starts[at] : starts[at] + seen[at]].topk(min(topk, int(seen[at]))).indices.sort().values
+            assert row == wide[request[at], best].tolist() + [-1] * (topk - len(best))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends", "requests", "rows"),
+    [
+        (3, None, None, [0, 1, 2]),
+        (2, [0, 1, 2], None, [0, 1]),
+        (4, [0, 3, 4], None, [0, 0, 0, 1]),
+        (3, None, torch.tensor([2, 2, 5]), [2, 2, 5]),
+        (3, [0, 1, 3], [4, 6], [4, 6, 6]),
+    ],
+)
+def test_a_token_reads_its_requests_row(tokens: int, ends: list[int] | None, requests: object, rows: list[int]) -> None:
+    counted = None if ends is None else torch.tensor(ends)
+    assert invariant.requests_of(tokens, counted, requests, torch.device("cpu")).tolist() == rows
+
+
+def test_what_chooses_no_slots_of_a_page_table_is_sglangs() -> None:
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import TopkTransformMethod
+
+    def theirs(*args: object, **kwargs: object) -> str:
+        return f"{len(args)} {sorted(name for name, value in kwargs.items() if value is not None)}"
+
+    ours = invariant.in_order(theirs)  # type: ignore[arg-type]
+    score = torch.zeros(1, 1)
+    ragged = ours(None, score, score, 1, TopkTransformMethod.RAGGED, None, topk_indices_offset=score)
+    assert ragged == "7 ['force_unfused_topk', 'topk_indices_offset']"
+    assert ours(None, score, score, 1, TopkTransformMethod.PAGED, None, force_unfused_topk=True).startswith("7")
