@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -214,10 +215,16 @@ def study(
     return rows
 
 
+def quality(row: dict[str, Any], base: dict[str, Any]) -> float:
+    """Accepted speed-ups over those of another rule's, geometric mean; a search that has none of either is left out."""
+    pairs = [(mine, other) for mine, other in zip(row["accepted"], base["accepted"], strict=True) if mine and other]
+    return statistics.geometric_mean(mine / other for mine, other in pairs)
+
+
 def markdown(report: dict[str, Any]) -> str:
     columns = (
         "trigger", "criterion", "answers", "rule", "forks", "repeats", "ended", "fork tokens", "of them saved",
-        "kernels lost", "correct ones", "time / never", "correct per 1,000 tokens",
+        "kernels lost", "correct ones", "accepted / never", "time / never", "correct per 1,000 tokens",
     )  # fmt: skip
     rows = []
     for row in report["rows"]:
@@ -230,7 +237,8 @@ def markdown(report: dict[str, Any]) -> str:
             (
                 f"`{row['trigger']}`", f"`{row['criterion']}`", row["reading"], row["rule"], row["forks"],
                 row["repeats"], row["ended"], row["fork_tokens"], f"{row['saved_share']:.0%}", row["kernels_lost"],
-                row["correct_lost"], f"{row['seconds'] / base['seconds']:.3f}", f"{row['correct_per_1000_tokens']:.3f}",
+                row["correct_lost"], f"{quality(row, base):.3f}", f"{row['seconds'] / base['seconds']:.3f}",
+                f"{row['correct_per_1000_tokens']:.3f}",
             )
         )  # fmt: skip
     note = (

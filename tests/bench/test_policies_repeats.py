@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench.policies_repeats import Player, Rule, fixed, learnt, never, play, row_of, study
+from bench.policies_repeats import Player, Rule, fixed, learnt, never, play, quality, row_of, study
 from bench.recordings import Subject
 from bench.virtual_time import Answer, Machine, Recording
 from specgen_engine.controller.repeats import Evidence
@@ -94,6 +94,10 @@ def test_a_search_in_virtual_time_takes_the_shortened_forks_and_counts_no_kernel
     row = row_of("64 tokens", [cut])
     assert (row["repeats"], row["ended"], row["kernels_lost"], row["correct"]) == (6, 6, 0, 3)
     assert cut.outcome.seconds < plain.outcome.seconds
+
+
+def test_quality_compares_the_searches_that_both_ended_with_a_kernel() -> None:
+    assert quality({"accepted": [2.0, None, 4.0]}, {"accepted": [1.0, 3.0, 2.0]}) == pytest.approx(2.0)
 
 
 def test_all_rules_see_the_same_searches() -> None:
