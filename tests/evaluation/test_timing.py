@@ -166,6 +166,23 @@ def test_a_round_in_which_the_host_came_late_is_left_out_where_it_is_an_exceptio
     assert speedup(undisturbed(rounds, behind)).half_width == pytest.approx(RUN_TO_RUN, rel=0.01)
 
 
+def test_intervals_without_late_rounds_hold_the_truth_and_are_narrower() -> None:
+    """A tenth of rounds in which the candidate's launches take half as long again as the kernel, and it is known."""
+    rng = np.random.default_rng(3)
+    found: dict[str, list[Speedup]] = {"all": [], "undisturbed": []}
+    for _ in range(RUNS):
+        late = rng.random(12) < 0.1
+        truth = TRUTH * math.exp(rng.normal(0, RUN_TO_RUN / 1.96))
+        times = np.exp(rng.normal(0, NOISE, (2, 12, CALLS))) * 1e6 * np.array([truth, 1.0])[:, None, None]
+        times[1, late] *= 1.5
+        rounds = [Round(*map(list, sides)) for sides in zip(*times.astype(int).tolist(), strict=True)]
+        found["all"].append(speedup(rounds))
+        found["undisturbed"].append(speedup(undisturbed(rounds, [LATE if one else CALM for one in late])))
+    assert all(coverage([(one.low, one.high) for one in some]) >= 0.95 for some in found.values())
+    widths = {name: np.mean([one.half_width for one in some]) for name, some in found.items()}
+    assert widths["undisturbed"] < 0.25 * widths["all"]
+
+
 @pytest.mark.parametrize(
     ("count", "late"), [(5, 1), (7, 2), (12, 4), (3, 3)], ids=["too few left", "a third", "a third", "all"]
 )
