@@ -9,7 +9,7 @@ import pytest
 from bench.policies_repeats import Player, Rule, fixed, learnt, never, play, quality, row_of, study
 from bench.recordings import Subject
 from bench.virtual_time import Answer, Machine, Recording
-from specgen_engine.controller.repeats import Evidence
+from specgen_engine.controller.repeats import WHOLE_EVERY, Evidence
 from specgen_engine.evaluation.base import Status
 
 FIRST, ALIKE = tuple(range(400)), (*range(300), *range(1_000, 1_100))
@@ -52,6 +52,14 @@ def test_an_answer_that_begins_like_another_is_lost_to_a_rule_that_looks_too_lit
         one.answer_at(position)
     assert [gone.label for gone in one.lost()] == lost
     assert one.ended == (2 if lost else 1), "the second repeat of one that was written is no loss"
+
+
+def test_an_answer_that_a_later_fork_wrote_whole_is_not_lost() -> None:
+    one = player([FIRST, ALIKE], fixed(256), explores=True)
+    one.evidence = Evidence(chosen=WHOLE_EVERY - 2)
+    for position in (0, 1_000, 1_400):
+        one.answer_at(position)
+    assert (one.ended, one.lost()) == (1, []), "the second to be ended is the one in eight that is let go on"
 
 
 def test_evidence_counts_once_the_fork_is_whole() -> None:

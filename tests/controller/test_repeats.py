@@ -147,6 +147,22 @@ def test_one_that_had_ended_before_the_abort_keeps_its_kernel() -> None:
     asyncio.run(body())
 
 
+def test_the_half_of_one_that_was_ended_is_no_candidate_even_where_it_holds_a_module() -> None:
+    async def body() -> None:
+        rig = Rig(end_repeats=True)
+        await two_forks(rig, SURE)
+        queue = rig.engine.forks["specgen-fork.base.2"]
+        queue.put_nowait(output(LONG[:100]))
+        queue.put_nowait(output(LONG[:100], {"type": "abort"}))
+        await rig.settle()
+        assert module("same") in LONG[:100]
+        assert rig.session.record.forks[1].state == "repeats: fork 1"
+        assert rig.session.record.candidates[0].forks == [1]
+        await rig.end_quietly()
+
+    asyncio.run(body())
+
+
 def test_whole_forks_teach_how_long_they_agreed_and_whether_they_were_the_same() -> None:
     async def body() -> None:
         rig = Rig(per_search=3)
