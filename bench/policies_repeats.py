@@ -34,6 +34,7 @@ SCHEMA = "specgen.policies_repeats/1"
 TRIGGERS = ("paragraph:min=800", "every:400", "paragraph:min=200")
 CRITERIA = ("speedup:1.5", "none")
 FIXED = (64, 128, 256, 512, 1024)
+WORTHS = (0.0, 1.0, 3.0, 10.0)
 READINGS = ("as recorded", "code only")
 LOOK_TOKENS = 32
 
@@ -56,8 +57,14 @@ def fixed(least: int) -> Rule:
     return lambda player, agreed, left, position: agreed >= least
 
 
-def learnt(player: Player, agreed: int, left: int, position: int) -> bool:
-    return worth_ending(player.evidence, agreed, left, position + player.fork_tokens, len(player.written))
+def learnt(worth: float) -> Rule:
+    """What `fork.end_repeats: worth` runs."""
+
+    def rule(player: Player, agreed: int, left: int, position: int) -> bool:
+        spent, written = position + player.fork_tokens, len(player.written)
+        return worth_ending(player.evidence, worth, agreed, left, spent, written)
+
+    return rule
 
 
 def never(player: Player, agreed: int, left: int, position: int) -> bool:
@@ -204,7 +211,8 @@ def study(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Every rule on all subjects, one after the other."""
     rules: dict[str, tuple[Rule, bool]] = {"never": (never, False)}
-    rules |= {f"{least} tokens": (fixed(least), False) for least in FIXED} | {"learnt": (learnt, True)}
+    rules |= {f"{least} tokens": (fixed(least), False) for least in FIXED}
+    rules |= {f"worth {worth:g}": (learnt(worth), True) for worth in WORTHS}
     rows = []
     for name, (rule, explores) in rules.items():
         evidence, played = Evidence(), []
@@ -241,10 +249,10 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{row['correct_per_1000_tokens']:.3f}",
             )
         )  # fmt: skip
+    rate = report["parameters"]["tokens_per_s"]
     note = (
-        "Simulated: recorded answers in virtual time, at "
-        f"{report['parameters']['tokens_per_s']:g} tokens/s. A replay's forks repeat by construction. `learnt` is what "
-        "`fork.end_repeats` runs; it begins with no evidence and carries it from search to search."
+        f"Simulated: recorded answers in virtual time, at {rate:g} tokens/s. A replay's forks repeat by construction. "
+        "`worth W` is what `fork.end_repeats: W` runs; it begins with no evidence and carries it from search to search."
     )
     return "\n".join([f"# {report['schema']}", "", note, "", *table(columns, rows), ""])
 

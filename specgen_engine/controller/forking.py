@@ -194,7 +194,7 @@ class Forks:
         """Why a fork is not to go on: the state that it ends in. A recorded one is an answer whatever it looks like."""
         if not recorded and goes_on_reasoning(text):
             return REASONED_ON
-        earlier = self._repeated(record) if self.plan.end_repeats else None
+        earlier = None if self.plan.end_repeats is None else self._repeated(record, self.plan.end_repeats)
         if earlier is None:
             return None
         self.learner.repeats, really = self.learner.repeats.chose()
@@ -204,7 +204,7 @@ class Forks:
         self._said.leave(record.n)
         return f"{REPEATS}{earlier}"
 
-    def _repeated(self, record: ForkRecord) -> int | None:
+    def _repeated(self, record: ForkRecord, worth: float) -> int | None:
         """The earlier fork whose answer this one writes again, so likely that it is not worth while to go on."""
         earlier = self._said.followed(record.n)
         if earlier is None:
@@ -213,8 +213,8 @@ class Forks:
         if self.record.forks[earlier - 1].finished_s is None:
             whole = max(whole, self.learner.answer_tokens(self.plan.task.name))
         left, spent = whole - record.tokens, self._last + self.record.fork_tokens
-        worth = worth_ending(self.learner.repeats, record.tokens, left, spent, len(self.record.candidates))
-        return earlier if worth else None
+        evidence, candidates = self.learner.repeats, len(self.record.candidates)
+        return earlier if worth_ending(evidence, worth, record.tokens, left, spent, candidates) else None
 
     def finish(self, record: ForkRecord, output: Output | None, error: str) -> str | None:
         """Write what became of a fork into its record; returns the candidate it wrote, if any."""

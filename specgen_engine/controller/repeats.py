@@ -3,7 +3,7 @@
 Two forks that have said the same tokens so far may still end in different kernels, and the chance of that is learnt
 from forks that ended whole, by how long they agreed with an earlier one. Ending a fork saves what it would still write;
 it loses a kernel with that chance, worth a multiple of what the search has paid for each so far. A model whose forks
-never repeat an answer never has one ended. Pure functions of an ``Evidence``.
+never repeat an answer never has one ended, unless a new kernel is worth nothing. Pure functions of an ``Evidence``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WORTH = 3.0
-"""Of a kernel that would be new, in what the search has paid for each so far."""
 LEAST_TOKENS = 64
 """Agreement below which nothing is concluded: greetings and import lines are alike in most answers."""
 MOST_SEEN = 256
@@ -60,11 +58,12 @@ def chance_of_new(evidence: Evidence, agreed: int) -> float:
     return (1 + len(alike) - same) / (1 + len(alike))
 
 
-def worth_ending(evidence: Evidence, agreed: int, left: float, tokens: int, candidates: int) -> bool:
-    """left: tokens that the fork would still write if it is a repeat.
+def worth_ending(evidence: Evidence, worth: float, agreed: int, left: float, tokens: int, candidates: int) -> bool:
+    """worth: of a new kernel, in what the search has paid for each so far; at 0 every repeat is ended.
 
+    left: tokens that the fork would still write if it is a repeat.
     tokens, candidates: what the search has generated so far, base and forks, and its distinct candidates.
     """
     if agreed < LEAST_TOKENS:
         return False
-    return left > chance_of_new(evidence, agreed) * WORTH * tokens / max(1, candidates)
+    return left > chance_of_new(evidence, agreed) * worth * tokens / max(1, candidates)

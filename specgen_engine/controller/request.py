@@ -37,7 +37,7 @@ class ForkOptions(BaseModel):
     nudge: Text | None = Field(default=None, max_length=10_000)
     temperature: float | None = Field(default=None, ge=0, le=2)
     max_tokens: int | None = Field(default=None, ge=1)
-    end_repeats: bool = False
+    end_repeats: float | None = Field(default=None, ge=0, le=1e6)
 
 
 class RequestOptions(BaseModel):
@@ -59,7 +59,10 @@ class RequestOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A search as it will run: the request's options over the server's configuration."""
+    """A search as it will run: the request's options over the server's configuration.
+
+    end_repeats: what a new kernel is worth where a fork may be ended as a repeat (repeats.worth_ending); None: none is.
+    """
 
     task: Task
     named: bool
@@ -70,7 +73,7 @@ class Plan:
     fork_tokens: int
     iteration: int | None = None
     feedback: bool = False
-    end_repeats: bool = False
+    end_repeats: float | None = None
 
 
 def take_out(sampling_params: dict[str, Any] | None) -> Any:

@@ -74,14 +74,14 @@ def test_evidence_counts_once_the_fork_is_whole() -> None:
 
 
 def test_the_learnt_rule_ends_nothing_before_it_has_seen_repeats() -> None:
-    one = player([FIRST], learnt, explores=True)
+    one = player([FIRST], learnt(3.0), explores=True)
     for position in range(0, 2_000, 100):
         one.answer_at(position)
     assert one.ended == 0, "what a kernel costs grows with every fork that repeats"
     sure = Evidence()
     for _ in range(200):
         sure = sure.learnt(400, True)
-    one = player([FIRST], learnt, explores=True)
+    one = player([FIRST], learnt(3.0), explores=True)
     one.evidence = sure
     for position in range(0, 2_000, 100):
         one.answer_at(position)
@@ -111,6 +111,17 @@ def test_quality_compares_the_searches_that_both_ended_with_a_kernel() -> None:
 def test_all_rules_see_the_same_searches() -> None:
     said = {"fork-1": FIRST, "fork-2": ALIKE, "final": OTHER}
     rows = {row["rule"]: row for row in study([subject(0, 4_000)], [said], "every:1000", "none", MACHINE)}
-    assert list(rows) == ["never", "64 tokens", "128 tokens", "256 tokens", "512 tokens", "1024 tokens", "learnt"]
-    assert [rows[name]["kernels_lost"] for name in ("never", "256 tokens", "512 tokens")] == [0, 1, 0]
+    assert list(rows) == [
+        "never",
+        "64 tokens",
+        "128 tokens",
+        "256 tokens",
+        "512 tokens",
+        "1024 tokens",
+        "worth 0",
+        "worth 1",
+        "worth 3",
+        "worth 10",
+    ]
+    assert [rows[name]["kernels_lost"] for name in ("never", "256 tokens", "512 tokens", "worth 0")] == [0, 1, 0, 1]
     assert {row["searches"] for row in rows.values()} == {1}

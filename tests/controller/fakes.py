@@ -153,7 +153,7 @@ class Rig:
     ) -> None:
         self.engine, self.pool, self.budget = FakeEngine(), FakePool(options.pop("problem", None)), Budget(4)
         feedback = options.pop("feedback", False)
-        repeats = options.pop("end_repeats", False)
+        repeats = options.pop("end_repeats", None)
         plan = Plan(
             TASK, named, "every:10", termination, "Now: ", 0.7, 64, feedback=feedback, end_repeats=repeats
         )  # fmt: skip

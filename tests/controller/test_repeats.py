@@ -10,7 +10,6 @@ from specgen_engine.controller.repeats import (
     LEAST_TOKENS,
     MOST_SEEN,
     WHOLE_EVERY,
-    WORTH,
     Evidence,
     agreement,
     chance_of_new,
@@ -50,14 +49,14 @@ def test_the_chance_counts_those_that_agreed_as_long() -> None:
 
 def test_a_fork_is_ended_where_what_is_left_is_more_than_a_kernel_may_be_worth() -> None:
     """A kernel has cost 2,000 tokens; one in ten would be new: 600 tokens at three times the price."""
-    assert WORTH == 3.0
     evidence = seen(*[(1500, True)] * 9)
-    assert worth_ending(evidence, 100, 601, 8_000, 4)
-    assert not worth_ending(evidence, 100, 599, 8_000, 4)
-    assert not worth_ending(evidence, 100, 601, 9_000, 4)
-    assert not worth_ending(evidence, LEAST_TOKENS - 1, 10_000, 8_000, 4)
-    assert not worth_ending(Evidence(), 1_000, 5_000, 8_000, 4), "nothing is ended on no evidence"
-    assert not worth_ending(evidence, 100, 5_999, 20_000, 0), "before the first candidate its price is all so far"
+    assert worth_ending(evidence, 3.0, 100, 601, 8_000, 4)
+    assert not worth_ending(evidence, 3.0, 100, 599, 8_000, 4)
+    assert not worth_ending(evidence, 3.0, 100, 601, 9_000, 4)
+    assert not worth_ending(evidence, 3.0, LEAST_TOKENS - 1, 10_000, 8_000, 4)
+    assert not worth_ending(Evidence(), 3.0, 1_000, 5_000, 8_000, 4), "nothing is ended on no evidence"
+    assert worth_ending(Evidence(), 0.0, LEAST_TOKENS, 1, 8_000, 4), "where a new kernel is worth nothing"
+    assert not worth_ending(evidence, 3.0, 100, 5_999, 20_000, 0), "before the first candidate its price is all so far"
 
 
 def test_one_in_eight_is_let_go_on_and_old_evidence_is_forgotten() -> None:
@@ -92,14 +91,15 @@ async def say(rig: Rig, number: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "evidence", "said", "ended"),
     [
-        ({"end_repeats": True}, SURE, LONG[:100], True),
+        ({"end_repeats": 3.0}, SURE, LONG[:100], True),
         ({}, SURE, LONG[:100], False),
-        ({"end_repeats": True}, Evidence(), LONG[:100], False),
-        ({"end_repeats": True}, SURE, LONG[:99] + "?", False),
-        ({"end_repeats": True}, SURE, LONG[: LEAST_TOKENS - 1], False),
-        ({"end_repeats": True}, SURE._replace(chosen=WHOLE_EVERY - 1), LONG[:100], False),
+        ({"end_repeats": 3.0}, Evidence(), LONG[:100], False),
+        ({"end_repeats": 0.0}, Evidence(), LONG[:100], True),
+        ({"end_repeats": 3.0}, SURE, LONG[:99] + "?", False),
+        ({"end_repeats": 3.0}, SURE, LONG[: LEAST_TOKENS - 1], False),
+        ({"end_repeats": 3.0}, SURE._replace(chosen=WHOLE_EVERY - 1), LONG[:100], False),
     ],
-    ids=["ended", "off", "no evidence", "differs", "too short", "let go on"],
+    ids=["ended", "off", "no evidence", "worth nothing", "differs", "too short", "let go on"],
 )
 def test_a_fork_that_follows_an_earlier_one(options: dict, evidence: Evidence, said: str, ended: bool) -> None:
     async def body() -> None:
@@ -121,7 +121,7 @@ def test_a_fork_that_follows_an_earlier_one(options: dict, evidence: Evidence, s
 
 def test_one_that_is_let_go_on_is_not_chosen_again() -> None:
     async def body() -> None:
-        rig = Rig(end_repeats=True)
+        rig = Rig(end_repeats=3.0)
         await two_forks(rig, SURE._replace(chosen=WHOLE_EVERY - 1))
         await say(rig, 2, LONG[:100])
         await say(rig, 2, LONG[:200])
@@ -134,7 +134,7 @@ def test_one_that_is_let_go_on_is_not_chosen_again() -> None:
 
 def test_one_that_had_ended_before_the_abort_keeps_its_kernel() -> None:
     async def body() -> None:
-        rig = Rig(end_repeats=True)
+        rig = Rig(end_repeats=3.0)
         await two_forks(rig, SURE)
         queue = rig.engine.forks["specgen-fork.base.2"]
         queue.put_nowait(output(LONG[:100]))
@@ -149,7 +149,7 @@ def test_one_that_had_ended_before_the_abort_keeps_its_kernel() -> None:
 
 def test_the_half_of_one_that_was_ended_is_no_candidate_even_where_it_holds_a_module() -> None:
     async def body() -> None:
-        rig = Rig(end_repeats=True)
+        rig = Rig(end_repeats=3.0)
         await two_forks(rig, SURE)
         queue = rig.engine.forks["specgen-fork.base.2"]
         queue.put_nowait(output(LONG[:100]))
@@ -184,7 +184,7 @@ def test_whole_forks_teach_how_long_they_agreed_and_whether_they_were_the_same()
 
 def test_one_that_was_cut_off_is_no_example_for_others() -> None:
     async def body() -> None:
-        rig = Rig(end_repeats=True)
+        rig = Rig(end_repeats=3.0)
         rig.learner.repeats = SURE
         rig.engine.say("reasoning on and on")
         for at in (10, 15):

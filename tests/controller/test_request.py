@@ -42,6 +42,7 @@ def test_an_object_and_its_json_string_are_the_same(value: Any) -> None:
         ({"trigger": "every:0"}, "specgen.trigger:"),
         ({"fork": {"max_tokens": 0}}, "specgen.fork.max_tokens:"),
         ({"fork": {"temperature": 9}}, "specgen.fork.temperature:"),
+        ({"fork": {"end_repeats": -1}}, "specgen.fork.end_repeats:"),
         ({"iteration": 0}, "specgen.iteration:"),
         ("{not json", "not JSON"),
         (3, "got 3"),
@@ -65,7 +66,7 @@ def test_a_task_is_taken_from_the_prompt_only_where_allowed_or_named() -> None:
     assert plan_search(None, PROMPT, explicit) is None
     plan = plan_search(None, PROMPT, prompt)
     assert plan is not None
-    assert (plan.task.source.strip(), plan.named, plan.end_repeats) == (TASK.strip(), False, False)
+    assert (plan.task.source.strip(), plan.named, plan.end_repeats) == (TASK.strip(), False, None)
     named = plan_search(RequestOptions(), PROMPT, explicit)
     assert named is not None
     assert named.named
@@ -80,13 +81,13 @@ def test_the_request_narrows_the_configuration() -> None:
             "task": TASK,
             "trigger": "fence",
             "termination": "correct",
-            "fork": {"max_tokens": 500, "nudge": "", "end_repeats": True},
+            "fork": {"max_tokens": 500, "nudge": "", "end_repeats": 0},
         }
     )
     plan = plan_search(options, "", config)
     assert plan is not None
     assert (plan.trigger, plan.termination, plan.fork_tokens, plan.nudge) == ("fence", "correct", 100, "")
-    assert plan.end_repeats
+    assert plan.end_repeats == 0.0
 
 
 def test_a_task_path_must_be_under_an_allowed_root(tmp_path: Path) -> None:
