@@ -24,6 +24,7 @@ from specgen_engine.kv.base import (
     StalePages,
 )
 from specgen_engine.kv.native import _kv
+from specgen_engine.kv.tags import TagReader
 
 OnQuiet = Literal["miss", "wait"]
 
@@ -107,6 +108,7 @@ class PageArena:
         self._retired: set[int] = set()  # slots that give out no more pages
         self.revocations = 0  # chunks called back so far: when it stands still, no page was lost
         self._changed = threading.Condition(threading.RLock())
+        self.tags = TagReader(self)
 
     def add_chunk(self, fd: int) -> int:
         """Map a chunk into a free slot and return the slot; the descriptor stays the caller's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from specgen_engine.kv.arena import Copy, OnQuiet, PageArena
 from specgen_engine.kv.base import Copier, KvError, PageRefs, StalePages
 from specgen_engine.kv.native import _kv
+from specgen_engine.kv.tags import Places, places
 
 POLL_S = 0.0002
 
@@ -48,15 +48,20 @@ class Hold(Copy):
 
 
 def hold(
-    arena: PageArena, refs: PageRefs, direction: _kv.Direction, quiet: OnQuiet = "miss", wait_s: float = 0.0
+    arena: PageArena,
+    refs: PageRefs,
+    direction: _kv.Direction,
+    quiet: OnQuiet = "miss",
+    wait_s: float = 0.0,
+    where: Places | None = None,
 ) -> Hold:
-    """Keep pages mapped until the hold is finished or released.
+    """Keep pages mapped until the hold is finished or released. `where`: their places, if the caller knows them.
 
     Raises:
         StalePages: pages that were revoked; nothing is held.
         QuietLease: the lender is timing; with quiet="wait", only after `wait_s`.
     """
-    slots = frozenset(_slots_of(arena, refs).tolist())
+    slots = frozenset((where or places(arena, refs)).slots.tolist())
     with arena._changed:
         arena._await_quiet(slots, quiet, wait_s)
         stale = arena._ledger.begin_copy(refs.pages, refs.generations)
@@ -67,20 +72,14 @@ def hold(
         return held
 
 
-def _slots_of(arena: PageArena, refs: PageRefs) -> NDArray[np.int64]:
-    """The chunks' slots, ascending; without sorting the pages, which may be tens of thousands while a request waits."""
-    return np.flatnonzero(np.bincount(refs.pages // arena.layout.pages_per_chunk))
-
-
 def current(arena: PageArena, refs: PageRefs) -> NDArray[np.bool_]:
     """Which pages still have the generation they were given out with."""
-    per_chunk = arena.layout.pages_per_chunk
     with arena._changed:
-        slots = refs.pages // per_chunk
+        where = places(arena, refs)
         mapped = np.zeros(arena.slots, np.bool_)
-        for slot in _slots_of(arena, refs).tolist():
+        for slot in where.slots.tolist():
             mapped[slot] = arena._ledger.is_mapped(slot) and slot not in arena._revoking
-        answer: NDArray[np.bool_] = mapped[slots]
+        answer: NDArray[np.bool_] = mapped[where.of]
         answer[answer] = arena._ledger.generations(refs.pages[answer]) == refs.generations[answer]
         return answer
 
@@ -92,33 +91,10 @@ def page_address(arena: PageArena, page: int) -> int:
 
 
 def tags(arena: PageArena, refs: PageRefs) -> NDArray[np.uint64]:
-    """The generations that stand in memory beside the pages, which the caller holds. Waits for them: some 20 us."""
-    per_chunk = arena.layout.pages_per_chunk
-    slots = _slots_of(arena, refs)
-    table = np.zeros((len(slots), per_chunk), np.uint64)
-    sources = [int(arena.space.base + slot * arena.chunk_bytes + arena.layout.tag_offset) for slot in slots]
-    if isinstance(arena.copier, _kv.LoopbackCopier):
-        for row, source in zip(table, sources, strict=True):
-            ctypes.memmove(row.ctypes.data, source, row.nbytes)
-    else:
-        _read_device(arena, table, sources)
-    row_of = np.zeros(arena.slots, np.int64)
-    row_of[slots] = np.arange(len(slots))
-    slot, within = np.divmod(refs.pages, per_chunk)
-    return table[row_of[slot], within]
-
-
-def _read_device(arena: PageArena, table: NDArray[np.uint64], sources: list[int]) -> None:
-    import torch
-
-    device = arena.backend.device  # type: ignore[attr-defined]
-    landing = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
-    stream = torch.cuda.Stream(device, priority=-1)
-    with torch.cuda.device(device):
-        targets = [landing[row].data_ptr() for row in range(len(sources))]
-        _kv.copy_batch(targets, sources, [table.shape[1] * 8] * len(sources), stream.cuda_stream)
-        stream.synchronize()
-    table[:] = landing.numpy().view(np.uint64)
+    """The generations that stand in memory beside the pages now, which the caller holds. Waits for them."""
+    with arena._changed:
+        arena.tags.forget()
+        return arena.tags.tags(refs, places(arena, refs))
 
 
 def allocatable(arena: PageArena) -> int:

@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
 from specgen_engine.errors import HookError
 from specgen_engine.tier import losses
 from specgen_engine.tier.common import MAX, MIN, Ahead, HostIndices, ReuseStrategy, TierCache, copy_mark
+from specgen_engine.tier.events import LaunchCounter, stream_number
 from specgen_engine.tier.policy import Source
 from specgen_engine.tier.pool import ArenaPool
 from specgen_engine.tier.prefetch import Prefetcher
@@ -32,7 +33,14 @@ SUBSTITUTED = ("get_mha_host_pool_cls", "MLATokenToKVPoolHost", "HiCacheControll
 
 
 class TierController(HostIndices, HiCacheController):
-    """HiRadixCache's controller."""
+    """HiRadixCache's controller, with an event for each launch of a load instead of one for each layer."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        pool: ArenaPool = self.mem_pool_host
+        self.layer_done_counter = LaunchCounter(self.layer_num, pool.mover, stream_number(self.device))
+        self.mem_pool_device.register_layer_transfer_counter(self.layer_done_counter)
+        pool.mover.prepare(self.load_stream, self.mem_pool_device.size // pool.page_size)
 
 
 @contextmanager

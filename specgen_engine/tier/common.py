@@ -78,6 +78,7 @@ class TierCache(BasePrefixCache):
     _searches: Container[str] = ()
     _writer = NOBODY
     _ahead = NOTHING_AHEAD
+    _alone: bool | None = None
 
     def reset(self) -> None:
         """A flushed scheduler is idle, but a prefetch may be under way: its pages are given away only once it ended."""
@@ -174,9 +175,20 @@ class TierCache(BasePrefixCache):
         return sys.maxsize
 
     def _agree(self, values: list[int], operation: Any) -> list[int]:
+        if self._alone is None:
+            self._alone = self._is_alone()
+        if self._alone:
+            return values
         tensor = torch.tensor(values, dtype=torch.int64)
         self._all_reduce(tensor, operation)
         return [int(value) for value in tensor]
+
+    def _is_alone(self) -> bool:
+        """Whether there is no other rank to agree with: SGLang's reduction would return what it is given."""
+        groups = [getattr(self, name, None) for name in ("tp_group", "attn_cp_group", "attn_tp_group")]
+        sizes = [torch.distributed.get_world_size(group=group) for group in groups if group is not None]
+        ranks = [getattr(self, name, 1) for name in ("tp_world_size", "pp_size")]
+        return max(sizes + ranks) == 1
 
 
 def copy_mark(node: Any, of: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from collections.abc import Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
@@ -23,11 +24,18 @@ logger = logging.getLogger(__name__)
 
 IMPORT_LANE, EXPORT_LANE = 1, 2
 STORAGE_WAIT_S = 0.5
-LAYERS_PER_LAUNCH = 4
+FIRST_BYTES = 512 << 20  # some 1.5 ms over NVLink: before its first layer, a forward launches for longer
+PINNED_COPIES = 2
 
 
 class PageMover(Protocol):
     """Moves pages of one device pool to and from one arena; called on the stream the copy belongs to."""
+
+    arrivals: Sequence[int]
+    """Of the import begun last, for each layer: the last layer that comes by the same launch."""
+
+    def prepare(self, stream: Any, most_pages: int) -> None:
+        """Before the first import, which will be on this stream, as all are."""
 
     def export(self, device_indices: torch.Tensor, chosen: NDArray[np.int64], refs: PageRefs) -> None:
         """Start writing the `chosen` of the device's pages. Raises StalePages or QuietLease, having copied nothing."""
@@ -54,35 +62,31 @@ def refs_of(held: list[Hold]) -> PageRefs:
     )
 
 
-def launch_groups(layers: int, most: int = LAYERS_PER_LAUNCH) -> list[range]:
-    """The layers that one launch moves, in order: 1, 1, 2, then `most` at a time.
+def launch_groups(layers: int, first: int) -> list[range]:
+    """The layers that one launch moves, in order: `first`, then twice as many at a time."""
+    starts = [0, *range(first, layers, 2 * first)]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], layers], strict=True)]
 
-    The first layers come alone, so that the forward can begin. Later ones arrive before they are needed; together they
-    cost fewer launches, which the scheduler makes before it can launch the forward.
+
+def launch_plans(layers: int) -> list[list[range]]:
+    """Ways to split the layers among launches, the coarsest first."""
+    firsts = {layers, -(-layers // 4), min(4, layers), min(2, layers)}
+    return [launch_groups(layers, first) for first in sorted(firsts, reverse=True)]
+
+
+def choose_plan(plans: list[list[range]], layer_bytes: int, most: int = FIRST_BYTES) -> int:
+    """Of plans, coarsest first, the first whose first launch moves at most `most` bytes, else the finest.
+
+    The scheduler makes all launches before it can launch the forward, so few are best where the forward's launches
+    take longer than the copy; a long copy begins with few layers, so that the forward can begin.
     """
-    groups: list[range] = []
-    at = 0
-    while at < layers:
-        size = min(max(1, at), most)
-        groups.append(range(at, min(layers, at + size)))
-        at += size
-    return groups
+    fits = (number for number, groups in enumerate(plans) if len(groups[0]) * layer_bytes <= most)
+    return next(fits, len(plans) - 1)
 
 
-def tables_of(device_pages: torch.Tensor, table: torch.Tensor, flags: torch.Tensor) -> list[_kv.DeviceTables]:
-    """What each launch of an import is given: the same pages, a row of flags of its own.
-
-    Args:
-        device_pages: (pages,) int64.
-        table: (2, pages) int64, arena pages and generations.
-        flags: (launches, pages) int32.
-    """
-    pages, arena_pages, first = device_pages.data_ptr(), table.data_ptr(), flags.data_ptr()
-    generations, row = arena_pages + table.stride(0) * table.itemsize, flags.stride(0) * flags.itemsize
-    return [
-        _kv.DeviceTables(pages, arena_pages, generations, first + launch * row, len(device_pages), 1)
-        for launch in range(len(flags))
-    ]
+def arrivals_of(groups: list[range]) -> list[int]:
+    """For each layer, the last layer of its launch."""
+    return [group.stop - 1 for group in groups for _ in group]
 
 
 class LoopbackMover:
@@ -90,6 +94,10 @@ class LoopbackMover:
 
     def __init__(self, shape: PageShape, arena: PageArena, stats: Stats) -> None:
         self._shape, self._arena, self._stats = shape, arena, stats
+        self.arrivals: Sequence[int] = [shape.layers - 1] * shape.layers
+
+    def prepare(self, stream: Any, most_pages: int) -> None:
+        """Nothing to keep ready."""
 
     def _pages(self, device_indices: torch.Tensor) -> NDArray[np.int64]:
         return device_indices[:: self._shape.page_size].numpy() // self._shape.page_size
@@ -140,13 +148,12 @@ class LoopbackMover:
 
 
 class _Transfer(NamedTuple):
-    """One import under way; the tensors must outlive its kernels."""
+    """One import under way; the tensors must outlive its kernels. `plan`: number of its launch plan."""
 
-    device_pages: torch.Tensor
-    table: torch.Tensor
+    plan: int
+    tables: _kv.DeviceTables
+    kept: tuple[torch.Tensor, ...]
     flags: torch.Tensor
-    launches: list[_kv.DeviceTables]
-    pages: int
     held: list[Hold]
     start: torch.cuda.Event
 
@@ -154,34 +161,52 @@ class _Transfer(NamedTuple):
 class _Ended(NamedTuple):
     transfer: _Transfer
     end: torch.cuda.Event
-    read: torch.cuda.Event
-    matches: torch.Tensor
+    flags: torch.Tensor
 
 
 class CudaMover:
-    """A kernel for one to four layers on the controller's load stream, one for all layers on its write stream.
+    """One to a dozen kernels on the controller's load stream, each for some layers; one for all on its write stream.
 
     Tables are made on the host and copied without waiting. Restores overlap the forward: a layer's attention waits for
-    the launch that brings that layer's pages only (HiCache's own events).
+    the launch that brings that layer's pages only (HiCache's own events). All launches of an import write the same
+    flags: what counts is the last one's, which looks at the tags after all bytes were read.
     """
 
     def __init__(self, shape: PageShape, arena: PageArena, stats: Stats) -> None:
         self._shape, self._arena, self._stats = shape, arena, stats
         self._device = torch.device("cuda", arena.backend.device)  # type: ignore[attr-defined]
+        self._plans = launch_plans(shape.layers)
+        self._arrivals = [arrivals_of(groups) for groups in self._plans]
+        self.arrivals: Sequence[int] = self._arrivals[0]
         backend: Any = copy(arena.backend)
         backend.staging_bytes = 0  # a layer's share is moved by one kernel: no staging memory for each
-        self._groups = launch_groups(shape.layers)
-        self._first = {group.start: number for number, group in enumerate(self._groups)}
-        self._copiers: list[Any] = [
-            backend.copier(_kv.select_planes(arena.layout, *shape.span(group)), arena.space.base)
-            for group in self._groups
+        self._copiers: list[dict[int, Any]] = [
+            {
+                group.start: backend.copier(_kv.select_planes(arena.layout, *shape.span(group)), arena.space.base)
+                for group in groups
+            }
+            for groups in self._plans
         ]
         self._import: _Transfer | None = None
         self._ended: list[_Ended] = []
         self._storage = torch.cuda.Stream(self._device)
 
+    def prepare(self, stream: Any, most_pages: int) -> None:
+        """Pinned and device memory for tables of any size is taken now and kept by torch's allocators.
+
+        Taken while a request waits, it has cost tens of milliseconds.
+        """
+        self._arena.tags.reserve()
+        sizes = [1 << bits for bits in range(12, (16 * most_pages - 1).bit_length() + 1)]
+        kept = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(PINNED_COPIES)]
+        with torch.cuda.stream(stream):
+            kept += [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+        del kept
+
     def _pages(self, device_indices: torch.Tensor) -> torch.Tensor:
-        return (device_indices[:: self._shape.page_size] // self._shape.page_size).to(self._device, torch.int64)
+        if self._shape.page_size > 1:
+            device_indices = device_indices[:: self._shape.page_size] // self._shape.page_size
+        return device_indices.to(self._device, torch.int64).contiguous()
 
     def _table(self, refs: PageRefs) -> torch.Tensor:
         table = torch.empty((2, len(refs)), dtype=torch.int64, pin_memory=True)
@@ -206,47 +231,45 @@ class CudaMover:
 
     def begin_import(self, device_indices: torch.Tensor, held: list[Hold]) -> None:
         refs = refs_of(held)
-        self.settle()
         start = torch.cuda.Event(enable_timing=True)
         start.record(torch.cuda.current_stream(self._device))
-        flags = torch.zeros((len(self._groups), len(refs)), dtype=torch.int32, device=self._device)
+        flags = torch.zeros(len(refs), dtype=torch.int32, device=self._device)
         pages, table = self._pages(device_indices), self._table(refs)
-        self._import = _Transfer(pages, table, flags, tables_of(pages, table, flags), len(refs), held, start)
+        arena_pages = table.data_ptr()
+        generations = arena_pages + table.stride(0) * table.itemsize
+        tables = _kv.DeviceTables(pages.data_ptr(), arena_pages, generations, flags.data_ptr(), len(refs), 1)
+        plan = choose_plan(self._plans, len(refs) * self._shape.page_bytes // self._shape.layers)
+        self.arrivals = self._arrivals[plan]
+        self._import = _Transfer(plan, tables, (pages, table), flags, held, start)
 
     def import_layer(self, layer: int) -> None:
         transfer = self._import
         assert transfer is not None, "layers come after begin_import"
-        ends = layer == self._groups[-1].stop - 1
-        if layer not in self._first and not ends:
-            return
-        stream = torch.cuda.current_stream(self._device)
-        if layer in self._first:
-            group = self._first[layer]
-            copier, direction = self._copiers[group], _kv.Direction.IMPORT
-            config = copier.select(direction, transfer.pages)
-            copier.launch(direction, transfer.launches[group], config, stream.cuda_stream, IMPORT_LANE)
-        if ends:
-            self._finish(transfer, stream)
+        copier = self._copiers[transfer.plan].get(layer)
+        if copier is not None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            config = copier.select(_kv.Direction.IMPORT, len(transfer.flags))
+            copier.launch(_kv.Direction.IMPORT, transfer.tables, config, stream, IMPORT_LANE)
+        if layer == self._shape.layers - 1:
+            self._finish(transfer)
 
-    def _finish(self, transfer: _Transfer, stream: torch.cuda.Stream) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
+    def _finish(self, transfer: _Transfer) -> None:
+        flags = torch.empty(len(transfer.flags), dtype=torch.int32, pin_memory=True)
+        flags.copy_(transfer.flags, non_blocking=True)
+        end = torch.cuda.Event(enable_timing=True)
+        end.record(torch.cuda.current_stream(self._device))
         for held in transfer.held:
-            held.finish_when(event.query)
-        matches = torch.empty(1, dtype=torch.int64, pin_memory=True)
-        matches.copy_((transfer.flags == _kv.PAGE_MATCHES).all(dim=0).sum().reshape(1), non_blocking=True)
-        read = torch.cuda.Event()
-        read.record(stream)
-        self._ended.append(_Ended(transfer, event, read, matches))
+            held.finish_when(end.query)
+        self._ended.append(_Ended(transfer, end, flags))
         self._import = None
-        self._stats.add("restored_bytes", transfer.pages * self._shape.page_bytes)
+        self._stats.add("restored_bytes", len(flags) * self._shape.page_bytes)
 
     def settle(self) -> None:
         """What the flags of imports said that have ended since."""
-        while self._ended and self._ended[0].read.query():
+        while self._ended and self._ended[0].end.query():
             ended = self._ended.pop(0)
-            if int(ended.matches[0]) != ended.transfer.pages:
-                _report_late(self._stats, ended.transfer.pages - int(ended.matches[0]))
+            if stale := int(np.count_nonzero(ended.flags.numpy() != _kv.PAGE_MATCHES)):
+                _report_late(self._stats, stale)
             self._stats.add("restore_seconds", ended.transfer.start.elapsed_time(ended.end) / 1000)
 
     def read_page(self, ref: PageRefs) -> torch.Tensor:

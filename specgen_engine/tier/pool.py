@@ -17,8 +17,9 @@ from sglang.srt.mem_cache.pool_host.base import HostKVCache, synchronized
 
 from specgen_engine.kv.arena import PageArena
 from specgen_engine.kv.base import KvError, PageRefs, QuietLease, StalePages
-from specgen_engine.kv.hold import Hold, allocatable, current, hold, tags
+from specgen_engine.kv.hold import Hold, allocatable, current, hold
 from specgen_engine.kv.native import _kv
+from specgen_engine.kv.tags import places
 from specgen_engine.tier.base import PageShape
 from specgen_engine.tier.metrics import Stats
 from specgen_engine.tier.movers import PageMover
@@ -179,14 +180,15 @@ class ArenaPool(HostKVCache):
         count = len(pages)
         while count:
             refs = self._refs(pages[:count])
+            where = places(self.arena, refs)
             try:
-                held = hold(self.arena, refs, _kv.Direction.IMPORT)
+                held = hold(self.arena, refs, _kv.Direction.IMPORT, where=where)
             except QuietLease:
                 return Restore(0, None, True)
             except StalePages as error:
                 count = int(error.positions[0])
                 continue
-            wrong = np.flatnonzero(tags(self.arena, refs) != refs.generations)
+            wrong = self.arena.tags.wrong(refs, where)
             if len(wrong) == 0:
                 return Restore(count, held, False)
             held.release()
@@ -206,6 +208,7 @@ class ArenaPool(HostKVCache):
     @synchronized
     def lost_pages(self) -> NDArray[np.int64]:
         """Used logical pages that this rank can't read any more."""
+        self.arena.tags.forget()  # once a step: what is read again is no older than the step
         self.mover.settle()
         self._retry_releases()
         if self.arena.revocations == self._revocations_seen and not self._suspect:
@@ -254,12 +257,14 @@ class ArenaPool(HostKVCache):
             return {**counts._asdict(), "backed": live, "limit": self.limit, "logical": int(used.sum())}
 
     def _pages_of(self, indices: torch.Tensor, step: int = 0) -> NDArray[np.int64]:
+        if self.page_size == 1:
+            return indices.cpu().numpy()
         return indices[:: step or self.page_size].cpu().numpy() // self.page_size
 
     def _refs(self, pages: NDArray[np.int64]) -> PageRefs:
         with self.lock:
-            arena_pages, generations = self._arena_pages[pages], self._generations[pages]
-        return PageRefs(np.where(arena_pages == NO_PAGE, 0, arena_pages), generations)
+            arena_pages, generations = self._arena_pages.take(pages), self._generations.take(pages)
+        return PageRefs(np.maximum(arena_pages, 0), generations)  # without an arena page: 0, of generation 0
 
     def _back(self, pages: NDArray[np.int64]) -> None:
         self._retry_releases()
