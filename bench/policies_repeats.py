@@ -10,6 +10,7 @@ sentence of its own, so they are read a second time without it, as from a model 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -158,6 +159,19 @@ def shortened(recording: Recording, said: dict[str, Sequence[int]]) -> Recording
     return replace(recording, forks=forks)
 
 
+def most_alike(name: str, forks: Sequence[Answer], said: dict[str, Sequence[int]]) -> dict[str, Any] | None:
+    """Of two different fork answers of a recording, the most tokens at their beginnings in common; None without two."""
+    pairs = [
+        (agreement(said[one.label], said[other.label]), len(said[one.label]), one.label, other.label)
+        for one, other in itertools.combinations(forks, 2)
+        if one.hash != other.hash
+    ]
+    if not pairs:
+        return None
+    agreed, tokens, one, other = max(pairs)
+    return {"trace": name, "tokens": agreed, "of": tokens, "answers": [one, other]}
+
+
 class Played(NamedTuple):
     player: Player
     outcome: Outcome
@@ -229,6 +243,10 @@ def quality(row: dict[str, Any], base: dict[str, Any]) -> float:
     return statistics.geometric_mean(mine / other for mine, other in pairs)
 
 
+def tokens_of(row: dict[str, Any]) -> int:
+    return row["tokens"]
+
+
 def markdown(report: dict[str, Any]) -> str:
     columns = (
         "trigger", "criterion", "answers", "rule", "forks", "repeats", "ended", "fork tokens", "of them saved",
@@ -254,7 +272,15 @@ def markdown(report: dict[str, Any]) -> str:
         f"Simulated: recorded answers in virtual time, at {rate:g} tokens/s. A replay's forks repeat by construction. "
         "`worth W` is what `fork.end_repeats: W` runs; it begins with no evidence and carries it from search to search."
     )
-    return "\n".join([f"# {report['schema']}", "", note, "", *table(columns, rows), ""])
+    alike = [
+        f"Different answers of a search, {reading}: at most {most['tokens']} tokens in common at their beginning, of "
+        f"{most['of']} ({most['trace']})."
+        for reading in READINGS
+        if (
+            most := max((one for one in report["most_alike"] if one["reading"] == reading), default=None, key=tokens_of)
+        )
+    ]
+    return "\n".join([f"# {report['schema']}", "", note, "", *alike, "", *table(columns, rows), ""])
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -283,10 +309,15 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
     texts, encode = texts_by_subject(load_traces(options.traces)), tokenizer()
     report = new_report(SCHEMA, None, "bench.policies_repeats")
     report["parameters"] = {name: value for name, value in vars(options).items() if name != "json"}
-    report["skipped"], report["rows"] = skipped, []
+    report["skipped"], report["rows"], report["most_alike"] = skipped, [], []
     machine = Machine(options.tokens_per_s)
     for reading in READINGS:
         said = [said_in(texts[one.recording.family, one.recording.name], reading, encode) for one in subjects]
+        alike = [
+            most_alike(f"{one.recording.family}/{one.recording.name}", one.recording.forks, ids)
+            for one, ids in zip(subjects, said, strict=True)
+        ]
+        report["most_alike"] += [{"reading": reading} | found for found in alike if found]
         for trigger in options.triggers:
             for criterion in options.criteria:
                 about = {"trigger": trigger, "criterion": criterion, "reading": reading}

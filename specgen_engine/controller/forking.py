@@ -263,6 +263,9 @@ class Forks:
         if own != known:
             self._texts.setdefault(known, self._texts[own])
             fork.candidate = known
+        for follower in self.record.forks:
+            if follower.state == f"{REPEATS}{fork.n}":
+                follower.candidate = known
 
     def learn(self, fork: int, speedup: float) -> None:
         """Once a fork: what came of it; 0 when it gave no candidate, a known or a failing one."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench.policies_repeats import Player, Rule, fixed, learnt, never, play, quality, row_of, study
+from bench.policies_repeats import Player, Rule, fixed, learnt, most_alike, never, play, quality, row_of, study
 from bench.recordings import Subject
 from bench.virtual_time import Answer, Machine, Recording
 from specgen_engine.controller.repeats import WHOLE_EVERY, Evidence
@@ -102,6 +102,19 @@ def test_a_search_in_virtual_time_takes_the_shortened_forks_and_counts_no_kernel
     row = row_of("64 tokens", [cut])
     assert (row["repeats"], row["ended"], row["kernels_lost"], row["correct"]) == (6, 6, 0, 3)
     assert cut.outcome.seconds < plain.outcome.seconds
+
+
+def test_the_two_that_are_most_alike_are_named() -> None:
+    forks = [answer(f"fork-{number}") for number in (1, 2, 3)]
+    said = {"fork-1": FIRST, "fork-2": OTHER, "fork-3": ALIKE}
+    assert most_alike("t", forks, said) == {
+        "trace": "t", "tokens": 300, "of": 400, "answers": ["fork-1", "fork-3"],
+    }  # fmt: skip
+    same = answer("fork-3")._replace(hash="hash-fork-1")
+    found = most_alike("t", [*forks[:2], same], said)
+    assert found is not None
+    assert found["tokens"] == 0, "one and the same kernel is no pair"
+    assert most_alike("t", forks[:1], said) is None
 
 
 def test_quality_compares_the_searches_that_both_ended_with_a_kernel() -> None:

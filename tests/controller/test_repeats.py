@@ -163,6 +163,27 @@ def test_the_half_of_one_that_was_ended_is_no_candidate_even_where_it_holds_a_mo
     asyncio.run(body())
 
 
+def test_one_that_follows_a_fork_still_at_work_gets_its_candidate_once_that_is_known() -> None:
+    async def body() -> None:
+        rig = Rig(end_repeats=3.0)
+        rig.learner.repeats = SURE
+        rig.learner.answer_tokens = lambda task: 1_000.0  # type: ignore[method-assign]
+        rig.engine.say("reasoning on and on")
+        for at in (10, 15):
+            rig.trigger(at)
+            await rig.settle()
+        await say(rig, 1, LONG[:200])
+        await say(rig, 2, LONG[:100])
+        first, second = rig.session.record.forks
+        assert (second.state, second.candidate) == ("repeats: fork 1", None)
+        rig.fork(1, LONG)
+        await rig.settle()
+        assert second.candidate == first.candidate == Candidate(source("same")).hash
+        await rig.end_quietly()
+
+    asyncio.run(body())
+
+
 def test_whole_forks_teach_how_long_they_agreed_and_whether_they_were_the_same() -> None:
     async def body() -> None:
         rig = Rig(per_search=3)
