@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -92,6 +93,7 @@ class Client:
     def __init__(self, url: str, bytes_per_token: int) -> None:
         self.url = url
         self.bytes_per_token = bytes_per_token
+        self.until = math.inf  # by time.monotonic(): what is measured on it ends then
         self._suffix = 0
         self._http = httpx.Client(timeout=600)
 

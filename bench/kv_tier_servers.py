@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,10 @@ from specgen_engine.serving.process import running_server
 
 CHUNK_MIB, CPU_CHUNK_MIB = 64, 1
 SMOLLM2_BYTES = 2 * 4 * 30 * 3 * 64  # a token's KV in float32
-SECOND_LEVEL = 5  # the lender and HiCache's host pool hold so many times the longest prefix
+STARVED = 4  # searches need so many times the pool
+# What each measurement leaves in the second level, in longest prefixes; searches begin with an empty one.
+LEFT = {"alone": 2.2, "crowd": 2.1, "decodes": 1.5}
+SECOND_LEVEL = 4.7  # longest prefixes that the lender and HiCache's host pool hold at most
 START_S = 220
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
@@ -40,31 +43,44 @@ class Options(NamedTuple):
     attention_backend: str
     longest: int
     logs: Path
+    measures: tuple[str, ...] = ()
 
 
-def start_servers(stack: ExitStack, options: Options) -> dict[str, Client]:
-    """{level: client} for the tier, `host` and `off`; all start at once. Raises SpecGenError with the log's last error.
+def start_servers(stack: ExitStack, options: Options) -> dict[str, Future[Client]]:
+    """{level: client, once its server is up} for the tier, `off` (for searches only) and `host`; all start at once.
 
-    On GPUs the tier's server and `off` share GPU 0, the lender and `host` GPU 1; on a CPU there is no `host`: SGLang's
-    own host pool has no CPU kernels.
+    A future raises SpecGenError with the log's last error. On GPUs the tier's server and `off` share GPU 0, the lender
+    and `host` GPU 1; on a CPU there is no `host`: SGLang's own host pool has no CPU kernels.
     """
     options.logs.mkdir(parents=True, exist_ok=True)
     pool = pool_tokens(options.longest)
     cpu = options.backend == "loopback"
     chunk_mib = CPU_CHUNK_MIB if cpu else CHUNK_MIB
-    per_token = SMOLLM2_BYTES if cpu else kv_bytes_per_token(options.model)
-    second_gib = SECOND_LEVEL * options.longest * per_token // 2**30 + 1
-    socket = stack.enter_context(lender(options, f"{second_gib}GiB", chunk_mib)).folder
+    second = second_level_tokens(options.longest, options.measures) * (
+        SMOLLM2_BYTES if cpu else kv_bytes_per_token(options.model)
+    )
+    socket = stack.enter_context(lender(options, f"{second // 2**30 + 1}GiB", chunk_mib)).folder
     tier = ["--specgen-kv", options.backend, "--specgen-kv-directory", str(socket)]
     tier += ["--specgen-kv-chunk-mib", str(chunk_mib)]
-    host = ["--specgen-kv", "host", "--hicache-size", str(min(second_gib, host_gb()))]
-    levels = {options.backend: (0, tier), "off": (0, [])} | ({} if cpu else {"host": (1, host)})
-    with ThreadPoolExecutor(len(levels)) as threads:
-        started = {
-            level: threads.submit(_start, stack, options, level, gpu, pool, arguments)
-            for level, (gpu, arguments) in levels.items()
-        }
-        return {level: future.result() for level, future in started.items()}
+    host = ["--specgen-kv", "host", "--hicache-size", str(min(second // 10**9 + 1, host_gb()))]
+    levels = {options.backend: (0, tier)}
+    if "searches" in options.measures:
+        levels["off"] = (0, [])
+    if not cpu:
+        levels["host"] = (1, host)
+    threads = ThreadPoolExecutor(len(levels))
+    started = {
+        level: threads.submit(_start, stack, options, level, gpu, pool, arguments)
+        for level, (gpu, arguments) in levels.items()
+    }
+    stack.callback(threads.shutdown)  # a server that comes up after a failure is then closed like the others
+    return started
+
+
+def second_level_tokens(longest: int, measures: Sequence[str]) -> int:
+    """No more than is needed: pinning host memory takes more than a second a GB on some hosts."""
+    searches = STARVED * pool_tokens(longest) * 1.05 if "searches" in measures else 0.0  # a twentieth for answers
+    return int(max(searches, longest * min(SECOND_LEVEL, sum(LEFT.get(name, 0.0) for name in measures))))
 
 
 def pool_tokens(longest: int) -> int:

@@ -12,7 +12,8 @@ SITE=${SITE:-site}
 BENCH_S=${BENCH_S:-290}
 LAST_S=${LAST_S:-50}
 LONGEST=${LONGEST:-64000}
-MEASURE=${MEASURE:-alone crowd searches decodes}
+ATTENTION=${ATTENTION:-triton}
+MEASURE=${MEASURE:-alone crowd decodes searches} # only what these need is started, pinned and computed
 STEPS=${STEPS:-tests check flashinfer bench}  # all servers of all steps start at once: with bench alone it has the host to itself
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
@@ -41,7 +42,7 @@ on flashinfer && timeout -k 5 $((BENCH_S + LAST_S)) "$PYTHON" -m bench.kv_tier_c
     --model "$CARRY/small" --attention-backend flashinfer --logs "$logs" --wait-for "$logs/measured" >"$logs/flashinfer.log" 2>&1 &
 last=$!
 on bench && timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier --json "$OUT/kv_tier.json" --plot "$OUT/kv_tier.png" --model "$CARRY/qwen3-8b" \
-    --budget-s $((BENCH_S - 10)) --longest "$LONGEST" --measure $MEASURE --logs "$logs" --wait-for-pids $tests $check >"$logs/bench.log" 2>&1
+    --attention-backend "$ATTENTION" --budget-s $((BENCH_S - 10)) --longest "$LONGEST" --measure $MEASURE --logs "$logs" --wait-for-pids $tests $check >"$logs/bench.log" 2>&1
 echo "bench status $?, $SECONDS s"
 touch "$logs/measured"
 wait $tests; echo "page tests status $?"

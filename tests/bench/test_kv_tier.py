@@ -7,16 +7,20 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.kv_tier import Bench, run
 from bench.kv_tier_client import SUFFIX, Client
 from bench.kv_tier_decode import measure_under_decode
 from bench.kv_tier_measure import Plan, alone_prefixes, measure_alone, measure_at_once
 from bench.kv_tier_plot import plot
+from bench.kv_tier_searches import measure_searches
 from bench.kv_tier_servers import gpu_beside, pool_tokens
 
 PLAN = Plan(
@@ -34,6 +38,8 @@ class Engine:
         self.device: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self.tier: set[tuple[int, ...]] = set()
         self.aborted = threading.Event()
+        self.flushes = 0
+        self.delay_s = 0.0
         self.lock = threading.Lock()
 
     def find(self, ids: list[int]) -> str:
@@ -52,7 +58,10 @@ class Handler(BaseHTTPRequestHandler):
     engine: Engine
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self.path == "/flush_cache":
+            self.engine.flushes += 1
+            return self.answer({})
         if self.path == "/abort_request":
             self.engine.aborted.set()
             return self.answer({})
@@ -66,13 +75,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
             return
         level = self.engine.find(body["input_ids"])
-        time.sleep(DELAY_S[level])
+        time.sleep(DELAY_S[level] + self.engine.delay_s)
         prefix = len(body["input_ids"]) - SUFFIX
         details = {"device": prefix * (level == "device"), "host": prefix * (level == "tier")}
         self.answer({"output_ids": [1], "meta_info": {"cached_tokens": prefix, "cached_tokens_details": details}})
 
     def do_GET(self) -> None:
-        self.answer({})
+        self.answer({"internal_states": [{}]})
 
     def answer(self, found: dict[str, Any]) -> None:
         data = json.dumps(found).encode()
@@ -84,13 +93,24 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
-@pytest.fixture
-def client() -> Iterator[Client]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("One", (Handler,), {"engine": Engine()}))
+@contextmanager
+def stand_in(engine: Engine) -> Iterator[Client]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("One", (Handler,), {"engine": engine}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield Client(f"http://127.0.0.1:{server.server_port}", 1_000)
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[Client]:
+    with stand_in(engine) as one:
+        yield one
 
 
 def test_alone_each_length_is_measured_at_every_level(client: Client) -> None:
@@ -121,6 +141,59 @@ def test_many_at_once_and_beside_decodes(client: Client, tmp_path: Path) -> None
     report = {"rows": rows, "machine": machine, "attention_backend": "none", "commit": "none"}
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_searches_are_timed_whole_or_by_what_they_took_at_least(client: Client, engine: Engine) -> None:
+    plan = PLAN._replace(searches=2, steps=2)
+    (row,) = measure_searches(client, "peer", plan, 7, [])
+    assert (row["requests"], row["requests_asked"], row["at_least_s"]) == (12, 12, None)
+    assert row["wall_s"] > 0
+    assert engine.flushes == 1
+    assert not engine.aborted.is_set()
+    client.until = time.monotonic() + 0.3
+    engine.delay_s = 0.2
+    (row,) = measure_searches(client, "peer", plan, 8, [])
+    assert 0 < row["requests"] < row["requests_asked"] == 12
+    assert (row["wall_s"], row["computed_tokens"]) == (None, None)
+    assert row["at_least_s"] >= 0.3
+    assert engine.aborted.is_set()
+
+
+def report_of(tmp_path: Path, wanted: list[str], seconds: float, late: float) -> tuple[dict[str, Any], list[str]]:
+    """A run on three stand-ins, of which `host` comes up last: its report, and what was added to it, in order."""
+    added: list[str] = []
+    report: dict[str, Any] = {"rows": [], "notes": [], "seed": 7}
+    with ExitStack() as stack, ThreadPoolExecutor(1) as threads:
+        starting: dict[str, Future[Client]] = {"peer": Future(), "off": Future()}
+        for future in starting.values():
+            future.set_result(stack.enter_context(stand_in(Engine())))
+        host = stack.enter_context(stand_in(Engine()))
+        starting["host"] = threads.submit(lambda: (time.sleep(late), host)[1])
+        deadline = time.monotonic() + seconds
+        bench = Bench(report, tmp_path / "report.json", PLAN, deadline)
+        add = bench.add
+        bench.add = lambda rows, what: (added.append(what), add(rows, what))[1]  # type: ignore[method-assign,assignment]
+        run(bench, starting, PLAN, wanted, deadline)
+    return report, added
+
+
+def test_a_server_that_starts_late_holds_up_nobody_until_the_quiet_part(tmp_path: Path) -> None:
+    report, added = report_of(tmp_path, ["crowd", "alone", "searches"], 300, late=2.0)
+    lanes, quiet = added[:4], added[4:]
+    assert lanes == ["peer, prewarm", "off, searches", "host, searches", "host, prewarm"]
+    assert quiet == ["peer, crowd", "host, crowd", "peer, alone", "host, alone", "peer, searches"]
+    assert {row["server"] for row in report["rows"] if row["load"] == "1 searches"} == {"peer", "off", "host"}
+    assert {row["server"] for row in report["rows"] if row["level"] == "recompute"} == {"peer"}
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == report["rows"]
+
+
+def test_what_no_time_is_left_for_is_noted_and_what_is_not_wanted_is_not_computed(tmp_path: Path) -> None:
+    report, added = report_of(tmp_path, ["crowd", "decodes"], 20, late=0.0)
+    assert added == ["peer, crowd", "host, crowd"]
+    assert [note for note in report["notes"] if "decodes" in note] == [
+        "peer, decodes: not run, the time was over",
+        "host, decodes: not run, the time was over",
+    ]
 
 
 @pytest.mark.parametrize(("gpus", "serving", "lender"), [(1, 0, 0), (2, 0, 1), (2, 1, 0), (4, 0, 1)])

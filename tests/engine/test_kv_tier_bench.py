@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from bench.kv_tier import FULL, shortened
+from bench.kv_tier import FULL, MEASURES, quiet_order, shortened
 from bench.kv_tier_client import Client, Loads
 from bench.kv_tier_decode import Windows
 from bench.kv_tier_measure import loaded
-from bench.kv_tier_searches import search_steps
-from bench.kv_tier_servers import pool_tokens
+from bench.kv_tier_searches import expected_s, search_steps
+from bench.kv_tier_servers import pool_tokens, second_level_tokens
 from specgen_engine.errors import SpecGenError
 
 SGLANG = (
@@ -71,3 +71,24 @@ def test_a_shorter_plan_keeps_the_crowd_within_the_pool() -> None:
     assert shortened(FULL, 64_000) == FULL
     with pytest.raises(SpecGenError, match="--longest 4000: two prefixes at least"):
         shortened(FULL, 4_000)
+
+
+def test_searches_are_expected_to_take_what_they_took_on_two_h200_and_some_more() -> None:
+    measured = FULL._replace(steps=4, search_tokens=32)
+    assert 46 < expected_s(measured, "host") < 46 * 1.2
+    assert 44.6 < expected_s(measured, "peer") < 44.6 * 1.2
+    assert 115 < expected_s(measured, "off") < 115 * 1.25  # it had 92 of 96 answers after 106 s
+
+
+def test_a_whole_run_fits_280_seconds_of_which_the_lanes_take_170() -> None:
+    quiet = quiet_order(list(MEASURES), ["peer", "host"])
+    assert quiet[-2:] == [("searches", "peer"), ("decodes", "host")]
+    assert 57 + 16 + expected_s(FULL, "off") < 180
+    assert 180 + sum(MEASURES[name][1](FULL, level) for name, level in quiet[:-1]) < 280
+
+
+def test_the_second_level_is_as_large_as_what_is_measured_needs() -> None:
+    searched = FULL.searches * search_steps(FULL)[-1] + FULL.searches * FULL.steps * 3 * (FULL.search_tokens + 8)
+    assert searched < second_level_tokens(64_000, ("decodes", "searches")) < 1.06 * searched
+    assert second_level_tokens(64_000, ("decodes",)) == 96_000
+    assert second_level_tokens(64_000, tuple(MEASURES)) == int(4.7 * 64_000)
