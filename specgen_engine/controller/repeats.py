@@ -2,8 +2,8 @@
 
 Two forks that have said the same tokens so far may still end in different kernels, and the chance of that is learnt
 from forks that ended whole, by how long they agreed with an earlier one. Ending a fork saves what it would still write;
-it loses a kernel with that chance, worth a multiple of what the search has paid for each so far. A model whose forks
-never repeat an answer never has one ended, unless a new kernel is worth nothing. Pure functions of an ``Evidence``.
+it loses a kernel with that chance, worth a multiple of what the search has paid for each so far. Where a model's forks
+never repeat an answer, one is ended only if its rest alone costs more than that. Pure functions of an ``Evidence``.
 """
 
 from __future__ import annotations
