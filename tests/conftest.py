@@ -1,12 +1,15 @@
-"""Skips tests marked `gpu(count)` on machines with fewer GPUs, with the reason that reports are read for; a fixture for
-tests of radix caches."""
+"""Skips tests marked `gpu(count)` on machines with fewer GPUs, with the reason that reports are read for; fixtures for
+tests of radix caches and of real servers."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+SERVERS = ("engine", "live")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +20,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item, count in wanted.items():
         if present < count:
             item.add_marker(pytest.mark.skip(reason=f"needs {count} GPU{'s' if count > 1 else ''}"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What servers are forked from is imported while the first tests run."""
+    if session.config.option.collectonly or not any(map(_starts_servers, session.items)):
+        return
+    from tests.template import shared
+
+    shared.begin()
+
+
+def pytest_sessionfinish() -> None:
+    if loaded := sys.modules.get("tests.template"):
+        loaded.shared.end()
+
+
+def _starts_servers(item: pytest.Item) -> bool:
+    return item.path.parent.name in SERVERS and "template" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(scope="session")
+def template() -> Any:
+    """Servers of tests/engine and tests/live are forked from it."""
+    from tests.template import shared
+
+    return shared.begin()
 
 
 def _gpus_wanted(marker: pytest.Mark) -> int:

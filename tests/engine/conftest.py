@@ -14,21 +14,15 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from specgen_engine import versions
 from specgen_engine.replay.trace import load_traces
 from specgen_engine.serving.command import Launch, prepare
 from specgen_engine.serving.preload import Template
 from specgen_engine.serving.process import Server, running_server
 from tests.server_log import traceback_in
+from tests.template import STRICT
 
 BUNDLED = Path(__file__).parents[2] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"
 TASK = load_traces([BUNDLED])[0].task_source
-STRICT = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "HF_HUB_OFFLINE": "1",
-    # With two ranks SGLang compiles the embedding's mask in each, a minute of a busy core; no candidate here compiles.
-    "TORCH_COMPILE_DISABLE": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -72,26 +66,6 @@ class Client:
 
 
 StartServer = Callable[..., AbstractContextManager[Client]]
-
-
-ARCHITECTURES = "SGLANG_DISABLED_MODEL_ARCHS"
-# Of no effect on servers without --speculative-algorithm; written for one release.
-HAS_STAND_INS = versions.current().version == "0.5.17"
-STAND_INS = ("tests.engine.speculative_cpu", "tests.engine.speculative_script") if HAS_STAND_INS else ()
-
-
-def new_template(log: Path, *options: str) -> Template:
-    """For servers of Llamas and of their EAGLE drafts."""
-    environment = {**prepare(["--tiny", *options]).environment, **STRICT}
-    disabled = environment[ARCHITECTURES].split(",")
-    environment[ARCHITECTURES] = ",".join(name for name in disabled if name != "llama_eagle")
-    return Template(environment, log, STAND_INS)
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
-    with new_template(tmp_path_factory.mktemp("template") / "log") as one:
-        yield one
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,11 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.engine import test_kv_tier as kv_tier
-from tests.engine.conftest import HAS_STAND_INS, TASK, Client, StartServer, new_template
+from tests.engine.conftest import TASK, Client, StartServer
 from tests.engine.eagle_models import write_models
 from tests.engine.test_fork_kv import PROMPTS, tokens_of
 from tests.engine.test_storm import check_storm, scheduler_state
+from tests.template import HAS_STAND_INS, new_template
 
 if not HAS_STAND_INS:
     pytest.skip("the kernels in torch are written for SGLang 0.5.17's worker", allow_module_level=True)

@@ -23,9 +23,10 @@ from specgen_engine.serving.process import Server, running_server
 from tests.live.collector import Collector
 from tests.live.recording import TASK, reach, write_trace
 from tests.server_log import traceback_in
+from tests.template import TRACING
 
 KEY, ADMIN = "user-key", "admin-key"
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", **TRACING}
 SEARCH = {"task": TASK, "name": "rows", "trigger": "every:400", "termination": "speedup:1.5"}
 PROMPT = f"Make this faster.\n\n```python\n{TASK}```"
 
@@ -56,13 +57,6 @@ class Live:
 
     def still_runs(self) -> bool:
         return all(map(psutil.pid_exists, self.pids)) and self.get("/health", None).status_code == 200
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
-    environment = {**prepare(["--tiny"]).environment, **ENVIRONMENT}
-    with Template(environment, tmp_path_factory.mktemp("template") / "log") as one:
-        yield one
 
 
 @pytest.fixture(scope="session")
