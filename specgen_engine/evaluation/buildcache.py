@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,10 @@ COMPLETE = "complete"
 HANG = "hang"
 HANG_DAYS = 1.0
 ABANDONED_S = 60.0
+NOTE = ".specgen-built"
+"""Where builds/bin/ninja notes what it built, folder's name aside."""
+MOVED_FILES, MOVED_BYTES = 64, 64 << 20
+"""A build that takes more stays where it is."""
 _PREFIX = "build-"
 
 
@@ -45,6 +50,8 @@ class BuildFolder:
     partial object and no lock file outlives its owner. When another worker holds the same candidate's folder, a
     temporary one is used instead.
     prepared: gives an empty folder, or None, when there is no complete build; it is this context's from then on.
+    A complete build that may lie elsewhere (see movable) is copied into such a folder, too: .moved says so, and a
+    process that can write nowhere else may load it.
     """
 
     def __init__(self, cache: Path, key: str, prepared: Callable[[], PreparedFolder | None] = lambda: None) -> None:
@@ -62,6 +69,12 @@ class BuildFolder:
         except BlockingIOError:
             self.temporary = True
         self.hit = complete is not None
+        self.moved = False
+        if complete is not None and (files := movable(complete)):
+            self._folder = self._prepared()
+            if self._folder is not None:
+                self.moved = copy_build(files, complete, self._folder.path)
+                complete = self._folder.path if self.moved else complete
         if complete is None:
             self._folder = self._prepared() or PreparedFolder(self.cache)
             complete = self._folder.path
@@ -94,6 +107,37 @@ def complete_build(cache: Path, key: str) -> Path | None:
         return None
     path = cache / Path(name).name
     return path if path.is_dir() else None
+
+
+def movable(folder: Path) -> list[Path]:
+    """The files of a build of which nothing but C++ libraries is left, each with what they were built from noted.
+
+    Empty where it is none. It was written by foreign code: nothing but plain files counts, and not many.
+    """
+    try:
+        if any((folder / "triton").iterdir()):
+            return []
+        libraries = list((folder / "torch").iterdir())
+        found = [Path(one.path) for library in libraries for one in os.scandir(library) if one.name[-2:] != ".o"]
+        known = [os.lstat(path) for path in found]
+    except OSError:
+        return []
+    plain = all(stat.S_ISREG(one.st_mode) for one in known) and not any(path.is_symlink() for path in libraries)
+    noted = bool(libraries) and all((library / NOTE) in found for library in libraries)
+    small = len(found) <= MOVED_FILES and sum(one.st_size for one in known) <= MOVED_BYTES
+    return found if plain and noted and small else []
+
+
+def copy_build(files: list[Path], source: Path, target: Path) -> bool:
+    """Whether all of them lie below target now, as old as they were."""
+    try:
+        for path in files:
+            to = target / path.relative_to(source)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, to, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def sweep(cache: Path) -> int:

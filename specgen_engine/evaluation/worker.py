@@ -146,7 +146,8 @@ class Worker(Processes):
 
     def start_candidate(self, candidate: Candidate, regions: tuple[int, ...], build: BuildFolder) -> Child:
         """The spare takes the candidate on where it was made for this build folder, else a fresh process does."""
-        usable = self.spare is not None and self.spare_build is None and not self.spare.ended and not build.hit
+        fits = self.spare is not None and self.spare_build is None and not self.spare.ended
+        usable = fits and (build.moved or not build.hit)
         if usable and Guard.SANDBOX not in self.guards_off:
             child, self.spare = self.spare, None
         else:

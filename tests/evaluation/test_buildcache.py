@@ -6,7 +6,10 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from specgen_engine.evaluation.buildcache import (
+    NOTE,
     BuildFolder,
     PreparedFolder,
     forget_builds,
@@ -26,6 +29,62 @@ def test_a_complete_build_is_found_again_where_it_was_made(tmp_path: Path) -> No
     with BuildFolder(tmp_path, "k", lambda: pytest_fail()) as again:
         assert again.hit
         assert (again.path / "torch" / "module.so").exists()
+
+
+def a_library(folder: Path) -> Path:
+    library = folder / "torch" / "library"
+    library.mkdir()
+    (library / NOTE).write_text("what it is from")
+    (library / "library.so").write_text("code")
+    (library / "main.o").write_text("much")
+    os.utime(library / "library.so", (1_000_000, 1_000_000))
+    return library
+
+
+def test_a_library_is_copied_to_where_a_waiting_process_may_write(tmp_path: Path) -> None:
+    with BuildFolder(tmp_path, "k") as build:
+        a_library(build.path)
+        build.keep()
+    waiting = PreparedFolder(tmp_path)
+    with BuildFolder(tmp_path, "k", lambda: waiting) as again:
+        assert (again.hit, again.moved, again.path) == (True, True, waiting.path)
+        found = {path.name: path for path in (again.path / "torch" / "library").iterdir()}
+        assert set(found) == {NOTE, "library.so"}
+        assert found["library.so"].stat().st_mtime == 1_000_000
+        again.keep()
+    assert not waiting.path.exists()
+    with BuildFolder(tmp_path, "k") as third:
+        assert (third.hit, third.moved, third.path) == (True, False, build.path)
+
+
+OTHERWISE = {
+    "no note": lambda library: (library / NOTE).unlink(),
+    "a second library without one": lambda library: (library.parent / "other").mkdir(),
+    "a link to what is not its own": lambda library: (library / "key").symlink_to("/etc/hostname"),
+    "a folder elsewhere": lambda library: (library.parent / "other").symlink_to(library),
+    "a pipe": lambda library: os.mkfifo(library / "pipe"),
+    "a folder in it": lambda library: (library / "folder").mkdir(),
+    "too much": lambda library: os.truncate(library / "library.so", 65 << 20),
+    "too many": lambda library: [(library / str(number)).touch() for number in range(64)],
+    "Triton's files, which name their folder": lambda library: (library.parents[1] / "triton" / "x").touch(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_anything_else_stays_where_it_was_built(tmp_path: Path, name: str) -> None:
+    with BuildFolder(tmp_path, "k") as build:
+        OTHERWISE[name](a_library(build.path))
+        build.keep()
+    with BuildFolder(tmp_path, "k", lambda: pytest_fail()) as again:
+        assert (again.hit, again.moved, again.path) == (True, False, build.path)
+
+
+def test_without_a_waiting_process_a_library_stays_too(tmp_path: Path) -> None:
+    with BuildFolder(tmp_path, "k") as build:
+        a_library(build.path)
+        build.keep()
+    with BuildFolder(tmp_path, "k", lambda: None) as again:
+        assert (again.hit, again.moved, again.path) == (True, False, build.path)
 
 
 def pytest_fail() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sysconfig
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch.utils.cpp_extension as extension
 
 from specgen_engine.evaluation.base import Status
+from specgen_engine.evaluation.buildcache import NOTE
 from specgen_engine.evaluation.builds import lean
 from specgen_engine.kv.toolchain import find_nvcc
 
@@ -48,6 +50,36 @@ def test_only_a_missing_name_is_tried_again(tmp_path: Path, name: str, monkeypat
     assert log == [f"{lean.HEADERS}|-v", "|-v"][:calls]
     assert done.returncode == (code if calls == 1 else 3)
     assert done.stdout.strip() == (said.replace("\\", "") if calls == 1 else "torch's own")
+
+
+@pytest.mark.parametrize("changed", ["nothing", "main.cpp", "build.ninja", "library.so", "note", "main.o"])
+def test_a_library_that_was_moved_is_built_again_only_where_something_differs(tmp_path: Path, changed: str) -> None:
+    real = tmp_path / "ninja"
+    real.write_text("#!/bin/sh\necho once >>calls; touch library.so\n")
+    real.chmod(0o755)
+    environment = {**os.environ, **lean.environment(), "SPECGEN_NINJA": str(real)}
+
+    def build(folder: Path) -> int:
+        """Calls of the real one so far."""
+        environment["TORCH_EXTENSIONS_DIR"] = str(folder.parent)
+        (folder / "build.ninja").write_text(f"build x: {folder}/main.cpp\n{extra}default library.so\n")
+        subprocess.run(["ninja", "-v"], env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        return len((folder / "calls").read_text().splitlines())
+
+    extra, first, second = "", tmp_path / "build-1" / "library", tmp_path / "build-2" / "library"
+    first.mkdir(parents=True)
+    (first / "main.cpp").write_text("int f() { return 1; }")
+    assert build(first) == 1
+    shutil.copytree(first, second)
+    if changed == "main.cpp":
+        (second / "main.cpp").write_text("int f() { return 2; }")
+    elif changed == "build.ninja":
+        extra = "flags = -O0\n"
+    elif changed == "main.o":  # not moved, but built here
+        (second / "main.o").touch()
+    elif changed != "nothing":
+        (second / {"note": NOTE}.get(changed, changed)).unlink()
+    assert build(second) == (1 if changed == "nothing" else 2)
 
 
 def test_it_stands_before_the_real_one_once_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
