@@ -59,7 +59,8 @@ def read_service_times(paths: Iterable[str], kinds: dict[str, Kind]) -> ServiceT
     """From specgen.verdicts/1 and specgen.scores/1 reports. kinds: of the answers that are studied.
 
     Where a report, or a run in it, lists compile_s, its CUDA answers were linked from earlier builds: those seconds
-    stand for all of them. built_alone_s, one build with nothing beside it, stands before any other.
+    stand for all of them. built_alone_s, one build with nothing beside it, stands before any other. Where runs of a
+    report are marked "idle", rows of its others don't count: many workers, or servers beside them, were waited for.
 
     Raises ValueError naming the file.
     """
@@ -67,10 +68,14 @@ def read_service_times(paths: Iterable[str], kinds: dict[str, Kind]) -> ServiceT
     for path in paths:
         try:
             report = json.loads(Path(path).read_text())
-            for run in report.get("runs", [report]):
+            runs = report.get("runs", [report])
+            for run in runs:
                 listed += run.get("compile_s", [])
+            idle = [number for number, run in enumerate(runs) if run.get("idle")]
             rows = report.get("verdicts") or [{"candidate": name, **row} for name, row in report["answers"].items()]
             for row in rows:
+                if idle and row.get("run", 0) not in idle:
+                    continue
                 alone += [row["built_alone_s"]] if "built_alone_s" in row else []
                 name = row["candidate"]
                 if name in kinds and row["status"] != "cancelled":

@@ -73,3 +73,14 @@ def test_what_was_not_measured_is_not_made_up(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('{"verdicts": [')
     with pytest.raises(ValueError, match="not usable"):
         read_service_times([str(tmp_path / "cut.json")], KINDS)
+
+
+def test_rows_of_crowded_runs_do_not_count_where_idle_ones_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    row = {"candidate": "g/b/iter-1/final.md", "status": "correct", "stages": {"compile": 9.0, "check": 9.0}, "run": 1}
+    report(path, runs=[{"idle": True}, {}])
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"verdicts": [*known["verdicts"], row]}))
+    assert read_service_times([str(path)], KINDS).rows["g/b/iter-1/final.md"][1] == Service(2.0, 1.0)
+    path.write_text(json.dumps(known | {"verdicts": [*known["verdicts"], row], "runs": [{}, {}]}))
+    assert read_service_times([str(path)], KINDS).rows["g/b/iter-1/final.md"][1] == Service(9.0, 9.0)
