@@ -214,11 +214,16 @@ class Checked(Spending):
         self.turn.callback(Promise(self.worker.device, need).close)
 
     def _ask_for_room(self, need: int) -> None:
-        start = time.monotonic()
-        if self._room()[0] < need:
-            note_shortage(self.worker.device)
-            while self._room()[0] < need and time.monotonic() < start + GIVE_BACK_S:
-                self.worker.wait(LOOK_AGAIN_S)
+        """Where asking did not suffice before, it is not tried again: what others kept would be gone each time."""
+        start, worker = time.monotonic(), self.worker
+        free = self._room()[0]
+        if free < need < worker.too_much:
+            note_shortage(worker.device)
+            while free < need and time.monotonic() < start + GIVE_BACK_S:
+                worker.wait(LOOK_AGAIN_S)
+                free = self._room()[0]
+            if free < need:
+                worker.too_much = need
         self.waited_s += time.monotonic() - start
 
     def _room(self) -> tuple[int, int]:

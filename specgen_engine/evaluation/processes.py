@@ -101,6 +101,7 @@ class Processes:
         self.on_gpu = device.startswith("cuda")
         self.roomy = not self.on_gpu  # has the device memory for parked judges?
         self.short_at = last_shortage(device) if self.on_gpu else 0
+        self.too_much = sys.maxsize  # bytes that the device did not have even after all were asked for memory
         self.gpu_fault = ""
         self.triton_base: Path | None = None
         self.gpu_state = GpuState(device, limits.lock_clocks) if self.on_gpu else None

@@ -73,6 +73,12 @@ def test_where_memory_stays_short_it_goes_on_all_the_same(monkeypatch: pytest.Mo
     assert log[-3] == "1 promised"
 
 
+def test_what_asking_did_not_bring_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = last_shortage(DEVICE)
+    log = imported(SAID, "load_inline", monkeypatch, free=[1, 0, 0], too_much=1)
+    assert (log.count("judge room"), last_shortage(DEVICE)) == (2, before)
+
+
 def test_one_that_met_a_full_gpu_has_it_alone_from_its_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     before = last_shortage(DEVICE)
     log = imported(SAID, "load_inline", monkeypatch, crowded=True)

@@ -63,6 +63,7 @@ class Script:
         self.judge = SimpleNamespace(kind="judge", inbox=[], ended=False, pending=2, fds=[], close_fds=lambda: None)
         self.child = SimpleNamespace(kind="candidate", inbox=[], ended=False, pending=1, heard=0.0)
         self.on_gpu, self.judge_placed, self.stage, self.device = True, False, "import", DEVICE
+        self.too_much = sys.maxsize
         self.free: list[int] = []  # bytes of the GPU at each look, of which one evaluation needs 1
         monkeypatch.setattr(checked, "gpu_turn", self._turn)
 
@@ -122,10 +123,11 @@ def imported(
     monkeypatch: pytest.MonkeyPatch,
     free: Sequence[int] = (),
     crowded: bool = False,
+    too_much: int = sys.maxsize,
 ) -> list[str]:
     """What happens while a candidate is imported on a GPU, to the end of its turn."""
     script = Script(list(said), monkeypatch)
-    script.free = list(free)
+    script.free, script.too_much = list(free), too_much
     request = {"job": "j", "task": {"source": TASK.source, "name": "t"}, "candidate": source}
     script.limits = SimpleNamespace(check_seeds=2, parallel_checks=True, task_s=1, compile_s=1, judges=3)  # type: ignore[attr-defined]
     self = Checked(script, request, ExitStack())  # type: ignore[arg-type]
