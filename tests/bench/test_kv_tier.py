@@ -196,7 +196,7 @@ def report_of(tmp_path: Path, wanted: list[str], seconds: float, late: str) -> t
     return report, bench.added
 
 
-@pytest.mark.parametrize("late", ["off", "host"])
+@pytest.mark.parametrize("late", ["off", pytest.param("host", marks=pytest.mark.slow)])
 def test_a_server_that_starts_late_holds_up_nobody_until_the_quiet_part(late: str, tmp_path: Path) -> None:
     report, added = report_of(tmp_path, ["crowd", "alone", "searches"], 300, late)
     lanes, quiet = added[:4], added[4:]

@@ -447,7 +447,7 @@ def refusal(group: Any, monkeypatch: pytest.MonkeyPatch, tried: bool = True, **g
 
 def test_it_starts_only_where_the_operator_tries_it(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal(group, monkeypatch, tried=False)
-    assert "not run on a GPU yet" in message
+    assert "forks and a storm are not run" in message
     assert "SPECGEN_TRY_MODES='remote KV tier of DeepSeek-V4'" in message
 
 

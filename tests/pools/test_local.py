@@ -21,7 +21,7 @@ from tests.evaluation.conftest import LIMITS, TASK, module
 SLEEPS = module("import time; time.sleep(3600)")
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture(params=[pytest.param("asyncio", marks=pytest.mark.slow), "uvloop"])
 def with_pool(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Callable[[Callable[[LocalPool], Awaitable[None]]], None]:
