@@ -96,6 +96,7 @@ def lock_file(device: str, lock: str) -> int:
 
 
 def lock_path(device: str, lock: str) -> Path:
+    """Where that file lies; gpuroom.py keeps others beside it."""
     name = "cpu" if device == "cpu" else f"gpu-{name_of_gpu(device)}"
     return Path(tempfile.gettempdir()) / f"specgen-{name}-{os.getuid()}.{lock}"
 
