@@ -63,15 +63,19 @@ def make_cache(folder: Path) -> tuple[Any, Lender]:
     pool = MHAArenaPool(device, shape, arena, LoopbackMover(shape, arena, stats), pages, stats)
     allocator = TokenToKVPoolAllocator(POOL, dtype=device.dtype, device="cpu", kvcache=device, need_sort=False)
     params = CacheInitParams(False, None, allocator, 1, tp_cache_group=dist.new_group([0]))
-    server_args = SimpleNamespace(
+    cache: Any = TierRadixCache(params, hicache_arguments(), lambda *_a, **_k: pool)
+    cache.lenders = lenders
+    return cache, lender
+
+
+def hicache_arguments() -> SimpleNamespace:
+    """What a radix cache with a second level asks of SGLang's ServerArgs."""
+    return SimpleNamespace(
         hicache_ratio=2.0, hicache_size=0, hicache_mem_layout="page_first", hicache_storage_backend=None,
         hicache_storage_backend_extra_config=None, hicache_storage_prefetch_policy="timeout",
         hicache_write_policy="write_through", hicache_io_backend="kernel", served_model_name="m",
         extra_metric_labels=None,
     )  # fmt: skip
-    cache: Any = TierRadixCache(params, server_args, lambda *_a, **_k: pool)
-    cache.lenders = lenders
-    return cache, lender
 
 
 def ids(seed: int, count: int) -> list[int]:

@@ -103,7 +103,7 @@ class Verdict:
         rounds_left_out: so many, in which alone the host came late; rounds_ms: the medians of
         [reference, candidate] in each round; asked_again: the suspicion for which timing was made once more; engine:
         ran, when one that serves on the device did not stand still. Of any verdict made_again: how the first try's
-        process was killed, by none of the evaluation's; this is the second.
+        process was killed, by none of the evaluation's, or how its GPU had no memory; this is the second.
     max_abs_error, max_rel_error: largest over the elements compared last, where both are floating point.
     """
 

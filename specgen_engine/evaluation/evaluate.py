@@ -107,7 +107,7 @@ def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
     """Why it is to be made again, with nothing told; "" once the verdict is. lost: why it was made once more."""
     with ExitStack() as held:
         evaluation = Evaluation(worker, request, held)
-        evaluation.crowded = worker.on_gpu and bool(lost) and is_refused_memory(Status.RUNTIME_ERROR, lost)
+        evaluation.crowded = worker.on_gpu and is_refused_memory(lost)
         held.callback(worker.silence_candidate)
         verdict: dict[str, object] = {
             "candidate": evaluation.candidate.hash,
@@ -128,7 +128,7 @@ def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
                 "extra_ms": evaluation.extra_ms,
             }
         except Ended as ended:
-            short = worker.on_gpu and is_refused_memory(ended.status, ended.reason)
+            short = worker.on_gpu and is_refused_memory(ended.reason)
             if not lost and (isinstance(ended, Lost) or short):
                 return ended.reason
             evaluation.note_hang(ended)
@@ -154,7 +154,7 @@ def check_task(worker: Worker, request: dict[str, Any]) -> dict[str, object]:
     """
     error, again = _try_task(worker, request, alone=False)
     if again:
-        error, _ = _try_task(worker, request, alone=worker.on_gpu and is_refused_memory(Status.RUNTIME_ERROR, again))
+        error, _ = _try_task(worker, request, alone=worker.on_gpu and is_refused_memory(again))
     return {"job": request["job"], "task": error}
 
 
@@ -164,7 +164,7 @@ def _try_task(worker: Worker, request: dict[str, Any], *, alone: bool) -> tuple[
         error, lost = _probe(worker, request, alone), False
     except Ended as ended:
         error, lost = ended.reason.removeprefix("the task's reference failed: "), isinstance(ended, Lost)
-    short = worker.on_gpu and error is not None and is_refused_memory(Status.RUNTIME_ERROR, error)
+    short = worker.on_gpu and error is not None and is_refused_memory(error)
     return error, (error or "") if lost or short else ""
 
 

@@ -13,7 +13,6 @@ import os
 import secrets
 from pathlib import Path
 
-from .base import Status
 from .gpulock import lock_file, lock_path
 
 SHORT, PROMISE = "short", "promise-"
@@ -70,16 +69,14 @@ def note_shortage(device: str) -> None:
 
 
 def last_shortage(device: str) -> int:
-    """When that was last said, in nanoseconds of the file system's clock."""
-    fd = lock_file(device, SHORT)
+    """When that was last said, in nanoseconds of the file system's clock; 0 where it never was."""
     try:
-        return os.fstat(fd).st_mtime_ns
-    finally:
-        os.close(fd)
+        return lock_path(device, SHORT).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
-def is_refused_memory(status: Status, reason: str) -> bool:
+def is_refused_memory(reason: str) -> bool:
     """Did a GPU's allocator refuse? Then it may have been others' doing."""
     said = reason.lower()
-    failed = status in (Status.RUNTIME_ERROR, Status.COMPILE_ERROR, Status.CRASH)
-    return failed and OWN_CAP not in reason and any(word in said for word in REFUSED)
+    return OWN_CAP not in reason and any(word in said for word in REFUSED)

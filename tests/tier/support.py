@@ -159,11 +159,11 @@ def tier(
 
 def radix_cache(one: Tier, group: Any) -> Any:
     """A TierRadixCache over a tier, with SGLang's own allocators."""
-    from types import SimpleNamespace
 
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+    from bench.kv_tier_admission import hicache_arguments
     from specgen_engine.tier.cache import TierRadixCache
 
     pool, size = one.device, one.pool.page_size
@@ -173,12 +173,6 @@ def radix_cache(one: Tier, group: Any) -> Any:
     else:
         allocator = PagedTokenToKVPoolAllocator(pool.size, size, **common)
     params = CacheInitParams(False, None, allocator, size, tp_cache_group=group)
-    server_args = SimpleNamespace(
-        hicache_ratio=2.0, hicache_size=0, hicache_mem_layout="page_first", hicache_storage_backend=None,
-        hicache_storage_backend_extra_config=None, hicache_storage_prefetch_policy="timeout",
-        hicache_write_policy="write_through", hicache_io_backend="kernel", served_model_name="m",
-        extra_metric_labels=None,
-    )  # fmt: skip
-    cache = TierRadixCache(params, server_args, lambda *_a, **_k: one.pool)
+    cache = TierRadixCache(params, hicache_arguments(), lambda *_a, **_k: one.pool)
     cache.lenders = one.lenders
     return cache
