@@ -13,7 +13,8 @@
 #   judge   answers without a row in the packed report, against scores.json
 # A step's limit: CANCEL_S, TESTS_S, TWICE_S, STORM_S, CONTEXTS_S, PROFILE_S, CUTE_S, RATE_LIMIT_S, JUDGE_S; none goes on
 # past SECONDS, one that fails or is cut off stops no other. Answers whose compiled library is in PACK are not compiled: a
-# stand-in for ninja puts the library in its place, for the fresh processes too. DEVICE=cpu is a rehearsal. Leaves in OUT:
+# stand-in for ninja puts the library in its place, for the fresh processes too. EXTRA_PATH: folders of more packages, such
+# as CuTe DSL's; a sandbox reads those named site-packages. DEVICE=cpu is a rehearsal. Leaves in OUT:
 # evaluation.json and evaluation_storm.json (both written after every verdict), contexts.json, profile_ncu.json,
 # cute.json, and all.log, what every step printed.
 set -u
@@ -21,7 +22,7 @@ pack=$(realpath "$1") total=${2:-580}
 DEVICE=${DEVICE:-cuda:0} STEPS=${STEPS:-cancel tests twice storm profile cute rate} LABEL=${LABEL:-$(date +%F)}
 LIGHT_WORKERS=${LIGHT_WORKERS:-4} WORKERS=${WORKERS:-6} STORM_WORKERS=${STORM_WORKERS:-8}
 HOST_FOLDER=${HOST_FOLDER:-/opt/specgen-evaluation}
-export OUT PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site"
+export OUT PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site${EXTRA_PATH:+:$EXTRA_PATH}"
 SPECGEN_COMMIT=$(cat "$pack/COMMIT")
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
