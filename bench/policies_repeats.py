@@ -175,32 +175,23 @@ def most_alike(name: str, forks: Sequence[Answer], said: dict[str, Sequence[int]
 class Played(NamedTuple):
     player: Player
     outcome: Outcome
-    correct: int
 
 
 def play(subject: Subject, said: dict[str, Sequence[int]], rule: Rule, explores: bool, evidence: Evidence,
          trigger: str, criterion: str, machine: Machine) -> Played:  # fmt: skip
-    """One search; correct counts its distinct correct candidates, the base's own included where it was judged."""
+    """One search by a rule, with what was learnt before it."""
     player = Player(shortened(subject.recording, said), said, rule, explores, evidence)
-    correct = 0
-
-    def observe(view: Any, speedup: float, tokens: int) -> None:
-        nonlocal correct
-        correct += speedup > 0
-
     points = [at for at, _ in fire_points(parse_trigger(trigger), list(subject.pieces))]
-    outcome = run_search(player, machine, parse_termination(criterion), points, observe=observe)  # type: ignore[arg-type]
-    if outcome.ended_by == "reasoning" and subject.recording.final.status is Status.CORRECT:
-        correct += 1
+    outcome = run_search(player, machine, parse_termination(criterion), points)  # type: ignore[arg-type]
     player.learn(outcome.base_tokens)
-    return Played(player, outcome, correct)
+    return Played(player, outcome)
 
 
 def row_of(name: str, played: Sequence[Played]) -> dict[str, Any]:
     """What a rule saves and loses over all searches, which share what it learns."""
     lost = [answer for one in played for answer in one.player.lost()]
     tokens = sum(one.outcome.base_tokens + one.outcome.fork_tokens for one in played)
-    correct = sum(one.correct for one in played)
+    correct = sum(one.outcome.correct for one in played)
     whole = sum(one.player.fork_tokens + one.player.saved for one in played)
     return {
         "rule": name,

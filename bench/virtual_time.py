@@ -1,7 +1,8 @@
 """One search in virtual time: a recorded reasoning, its recorded answers, and a model of engine and evaluators.
 
-The same triggers and criteria as in the live system run here. Fork slowdown: 0.9 % for one 400-token fork every 400
-tokens of one base, 9 % with eight bases and as many forks, on one H200 (DESIGN.md): about 1 % a fork in flight.
+The same triggers, criteria and wait for late candidates as in the live system run here. Fork slowdown: 0.9 % for one
+400-token fork every 400 tokens of one base, 9 % with eight bases and as many forks, on one H200 (DESIGN.md): about 1 %
+a fork in flight.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from specgen_engine.controller.termination import Criterion, Never, Progress, Scored, best, watches_progress
+from specgen_engine.controller.grace import OWN_GRACES
+from specgen_engine.controller.termination import Criterion, Decision, Never, Progress, Scored, best, watches_progress
 from specgen_engine.evaluation.base import Status
+from specgen_engine.pools.policy import late_s
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """tokens_per_s: one request's decode rate; prefill_s: a fork's time to first token with a reused prefix;
-    max_forks: in flight at once; evaluators: GPUs that check and time; compilers: candidates compiled at once."""
+    max_forks: in flight at once; evaluators: GPUs that check and time; compilers: candidates compiled at once;
+    grace_s: what candidates without a verdict get at most once the base has answered (--specgen-grace-s)."""
 
     tokens_per_s: float
     fork_slowdown: float = 0.01
@@ -27,6 +31,7 @@ class Machine:
     max_forks: int = 8
     evaluators: int = 3
     compilers: int = 8
+    grace_s: float = 30.0
 
 
 class Answer(NamedTuple):
@@ -80,7 +85,8 @@ class View(NamedTuple):
 class Outcome(NamedTuple):
     """A finished search; accepted is None when no candidate was correct. Seconds are virtual.
 
-    curve: (seconds, best correct speed-up since then), ascending.
+    curve: (seconds, best correct speed-up since then), ascending; correct: distinct correct candidates, the base's own
+    included where it was judged.
     """
 
     seconds: float
@@ -91,6 +97,7 @@ class Outcome(NamedTuple):
     verdicts: int
     base_tokens: int
     curve: tuple[tuple[float, float], ...] = ()
+    correct: int = 0
 
     def best_at(self, seconds: float) -> float | None:
         """The best correct speed-up known at a time, None before the first."""
@@ -107,6 +114,7 @@ Observe = Callable[[View, float, int], None]
 class _Fork(NamedTuple):
     answer: Answer | None
     view: View
+    began_at: float
     ends_at: float
 
 
@@ -149,6 +157,14 @@ class _Evaluators:
     def waiting(self) -> int:
         return len(self.queues[0]) + len(self.queues[1])
 
+    def keep(self, now: float, name: str) -> None:
+        """Cancel all but the candidate with this hash."""
+        for stage, queue in enumerate(self.queues):
+            queue[:] = [entry for entry in queue if entry[2].hash == name]
+            self.running = [entry for entry in self.running if entry[3].hash == name]
+            self.busy[stage] = sum(entry[2] == stage for entry in self.running)
+            self._start(now, stage)
+
 
 def _always(view: View) -> bool:
     return True
@@ -186,7 +202,7 @@ class _Search:
             return
         answer = self.recording.answer_at(position)
         tokens = (answer.tokens if answer else self.blank_tokens) + self.machine.prefill_s * self.machine.tokens_per_s
-        self.active.append(_Fork(answer, view, self.work + tokens))
+        self.active.append(_Fork(answer, view, self.work, self.work + tokens))
         self.forks, self.last_fork = self.forks + 1, position
 
     def advance(self, seconds: float) -> None:
@@ -216,7 +232,65 @@ class _Search:
             self.curve.append((self.now, top.speedup))
         if self.observe and source == "fork":
             self.observe(self.submitted[answer.hash], answer.speedup or 0.0, answer.tokens)
-        return source == "base" or self.met()
+        return self.met()
+
+    def own(self) -> Scored | None:
+        """The verdict on the base's own answer; a fork may have written the same."""
+        return next((one for one in self.scored if one.hash == self.recording.final.hash), None)
+
+    def winner(self) -> Scored | None:
+        """What would replace the base's own answer as things stand: one without a verdict only yields to a kernel that
+        is known to be faster than the reference."""
+        own, top = self.own(), best(self.scored)
+        return None if top is own or top is None or (own is None and (top.speedup or 0.0) <= 1.0) else top
+
+    def late_until(self, since: float) -> float:
+        """When candidates without a verdict are given up. since: the time at which the base had answered."""
+        own = self.own()
+        right = own is not None and own.status is Status.CORRECT
+        return self.now + late_s(self.machine.grace_s, self.now - since, self.now, own_right=right)
+
+    def compete(self) -> None:
+        """The base has answered: its forks stop, and verdicts are awaited as the live session awaits them."""
+        since, final = self.now, self.recording.final
+        for fork in self.active:
+            if self.observe:
+                self.observe(fork.view, 0.0, max(1, round(self.work - fork.began_at)))
+        self.active.clear()
+        if final.hash not in self.submitted:
+            self.evaluators.submit(self.now, final, "base")
+        until, given_up = self.late_until(since), False
+        while self.evaluators.running:
+            if self.evaluators.next_time() > until:
+                self.now = until
+                if given_up or self.own() is not None or self.winner() is not None:
+                    return
+                self.evaluators.keep(self.now, final.hash)
+                until, given_up = self.now + OWN_GRACES * self.machine.grace_s, True
+                continue
+            self.now = max(self.now, self.evaluators.next_time())
+            if done := self.evaluators.complete():
+                self.verdict(*done)
+                until = self.late_until(since) if done[0].hash == final.hash else until
+
+    def outcome(self, decided: Decision | None) -> Outcome:
+        """Of the ended search. decided: by the criterion, None when the base had answered."""
+        own, accepted = self.own(), self.winner()
+        if accepted is None and own is not None and own.status is Status.CORRECT:
+            accepted = own
+        if decided is not None:
+            accepted = next(one for one in self.scored if one.hash == decided.hash)
+        return Outcome(
+            self.now,
+            "criterion" if decided else "reasoning",
+            accepted,
+            self.forks,
+            round(self.fork_tokens),
+            len(self.scored),
+            round(min(self.base, self.recording.tokens + self.recording.final.tokens)),
+            tuple(self.curve),
+            sum(one.status is Status.CORRECT for one in self.scored),
+        )
 
     def met(self) -> bool:
         return self.criterion.decide(self.scored, self.progress()) is not None
@@ -234,7 +308,7 @@ def run_search(
     admit: Admit = _always,
     observe: Observe | None = None,
 ) -> Outcome:
-    """Play one search until its criterion holds or the verdict on the base's own answer is there.
+    """Play one search until its criterion holds, or the base has answered and late candidates have had their time.
 
     points: reasoning tokens at which the policy's trigger fires; admit decides there whether a fork is made; observe is
     told of each fork's end: what was known when it was made, the speed-up of its candidate (0 when it gave none, a
@@ -248,7 +322,7 @@ def run_search(
     at = 0
     while True:
         rate = search.rate()
-        to_stop = (stops[at] - search.base) / rate if at < len(stops) else math.inf
+        to_stop = (stops[at] - search.base) / rate
         to_fork = min((fork.ends_at - search.work for fork in search.active), default=math.inf) / rate
         to_verdict = search.evaluators.next_time() - search.now
         step = max(0.0, min(to_stop, to_fork, to_verdict))
@@ -260,28 +334,15 @@ def run_search(
         elif to_fork <= step:
             search.finish_forks()
         elif at == len(stops) - 1:
-            at += 1
-            search.evaluators.submit(search.now, recording.final, "base")
+            search.compete()
+            return search.outcome(None)
         else:
             if stops[at] in asks and search.met():
                 break
             if stops[at] in forks:
                 search.fork(stops[at], admit)
             at += 1
-    decision = criterion.decide(search.scored, search.progress())
-    top = best(search.scored)
-    by_hash = {one.hash: one for one in search.scored}
-    own = any(one.source == "base" for one in search.scored)
-    return Outcome(
-        search.now,
-        "criterion" if decision and not own else "reasoning",
-        by_hash[decision.hash] if decision else top,
-        search.forks,
-        round(search.fork_tokens),
-        len(search.scored),
-        round(min(search.base, whole)),
-        tuple(search.curve),
-    )
+    return search.outcome(criterion.decide(search.scored, search.progress()))
 
 
 def sequential(recording: Recording, machine: Machine) -> Outcome:

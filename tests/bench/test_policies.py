@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bench import policies
 from bench.virtual_time import Answer, Machine, Recording, oracle_seconds, run_search, sequential
 from specgen_engine.controller.termination import parse_termination
 from specgen_engine.evaluation.base import Status
+from specgen_engine.pools.policy import LATE_SHARE
 from specgen_engine.replay.trace import BUNDLED
 
 SHARED = Path(os.environ.get("SPECGEN_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
@@ -80,12 +82,68 @@ def test_forks_slow_the_base_while_they_run_and_a_cap_holds() -> None:
     assert capped.forks == 1
 
 
-def test_the_bases_own_answer_goes_first_and_ends_the_search() -> None:
-    late = recording(*[1.0] * 9, final=1.5, gpu_s=200.0)
-    outcome = run_search(late, PLAIN, parse_termination("none"), [100 * n for n in range(1, 10)])
-    assert outcome.seconds == pytest.approx(20 + 200 + 5)
+NINE = [100 * n for n in range(1, 10)]
+
+
+def test_the_bases_own_answer_goes_first() -> None:
+    late = recording(*[1.0] * 9, final=1.5, gpu_s=55.0)
+    outcome = run_search(late, PLAIN, parse_termination("none"), NINE)
+    assert outcome.seconds == pytest.approx(20 + 2 * 55 + 5 + LATE_SHARE * 135), "the second was being judged"
     assert outcome.accepted is not None
-    assert outcome.accepted.source == "base"
+    assert (outcome.accepted.source, outcome.ended_by, outcome.verdicts) == ("base", "reasoning", 3)
+
+
+@pytest.mark.parametrize(
+    ("gpu_s", "final", "seconds", "accepted"),
+    [
+        (94.0, 2.0, 115 + LATE_SHARE * 115, "final"),  # its verdict would come at 124, the own one is right
+        (87.0, 2.0, 117, "f1"),  # a fortieth of the 115 s so far reaches it
+        (94.0, None, 124, "f1"),  # the own one is wrong: the grace of 30 s from 110 on
+        (111.0, None, 140, None),
+    ],
+)
+def test_late_candidates_are_awaited_as_the_live_session_awaits_them(
+    gpu_s: float, final: float | None, seconds: float, accepted: str | None
+) -> None:
+    late = recording(*[None] * 1, 3.0, final=final, gpu_s=gpu_s)
+    late = replace(late, marks=(200,), forks=(late.forks[1]._replace(label="f1", hash="f1"),))
+    outcome = run_search(late, replace(PLAIN, evaluators=2), parse_termination("none"), [200])
+    assert outcome.seconds == pytest.approx(seconds)
+    assert (outcome.accepted and outcome.accepted.hash) == accepted
+
+
+def test_after_the_grace_a_base_without_a_verdict_yields_to_a_faster_kernel_or_is_awaited_alone() -> None:
+    two = replace(PLAIN, evaluators=2)
+    slow = replace(recording(1.2), final=answer("final", 2.0, compile_s=50.0))
+    replaced = run_search(slow, two, parse_termination("none"), [100])
+    assert replaced.seconds == pytest.approx(110 + 30)
+    assert (replaced.accepted and replaced.accepted.hash, replaced.correct) == ("f1", 1)
+    slower = replace(slow, forks=(answer("f1", 0.9), answer("f2", 3.0, gpu_s=500.0)), marks=(100, 200))
+    awaited = run_search(slower, replace(two, compilers=2), parse_termination("none"), [100, 200])
+    assert awaited.seconds == pytest.approx(110 + 50 + 5)
+    assert (awaited.accepted and awaited.accepted.hash, awaited.correct) == ("final", 2)
+    never = replace(slow, forks=(), marks=(), final=answer("final", 2.0, compile_s=1_000.0))
+    given_up = run_search(never, two, parse_termination("none"), [])
+    assert (given_up.seconds, given_up.accepted) == (pytest.approx(110 + 30 + 300), None)
+
+
+def test_forks_stop_when_the_base_has_answered_and_its_criterion_is_not_asked_any_more() -> None:
+    heard: list[tuple[float, int]] = []
+    long = replace(recording(3.0), forks=(answer("f1", 3.0, tokens=5_000),))
+    outcome = run_search(long, PLAIN, parse_termination("none"), [900], observe=lambda *a: heard.append(a[1:]))
+    assert (outcome.fork_tokens, outcome.verdicts, heard) == (200, 1, [(0.0, 200)])
+    met = run_search(recording(3.0, gpu_s=95.0), replace(PLAIN, evaluators=2), parse_termination("speedup:2.5"), [100])
+    assert (met.seconds, met.ended_by) == (pytest.approx(115), "reasoning"), "its verdict had come in the answer's"
+    assert met.accepted is not None
+    assert met.accepted.hash == "f1"
+
+
+def test_a_base_that_answers_what_a_fork_wrote_is_not_judged_twice() -> None:
+    same = recording(1.5)
+    same = replace(same, final=same.forks[0])
+    outcome = run_search(same, PLAIN, parse_termination("none"), [100])
+    assert outcome.seconds == pytest.approx(110)
+    assert (outcome.verdicts, outcome.correct, outcome.accepted and outcome.accepted.hash) == (1, 1, "f1")
 
 
 def test_the_oracle_makes_only_the_forks_it_needs() -> None:
