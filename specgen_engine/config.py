@@ -58,6 +58,13 @@ class ForkConfig(Section):
     )
     max_tokens: int = Field(default=2048, ge=1, description="cap on the tokens of one fork")
     per_search: int = Field(default=4, ge=1, description="forks in flight for one search")
+    end_repeats: float | None = Field(
+        None,
+        ge=0,
+        le=1e6,
+        description="end forks that write an earlier answer again, a new kernel being worth so many times what one has "
+        "cost so far, 0: every repeat (default: none is ended)",
+    )
     feedback: bool = Field(default=False, description="tell a fork of the search's last failed candidate's error")
     total: int = Field(default=16, ge=1, description="forks in flight on this server")
 

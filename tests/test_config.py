@@ -129,6 +129,7 @@ LIMITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "thinking": (("<a>..." + "b" * 494,), ("nonsense", "<a>..." + "b" * 495)),
     "grace-s": (("0",), ("-0.001", "inf", "nan", "soon")),
     "fork-temperature": (("0", "2"), ("-0.001", "2.001", "nan", "warm")),
+    "fork-end-repeats": (("0", "1000000"), ("-0.001", "1000001", "nan", "some")),
     "evaluation-pause": (("0", "0.999"), ("-0.001", "1", "nan", "often")),
     "fork-max-tokens": COUNT,
     "fork-per-search": COUNT,

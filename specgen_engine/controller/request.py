@@ -32,6 +32,8 @@ Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class ForkOptions(BaseModel):
+    """What is absent is the server's; an end_repeats that is null ends none."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     nudge: Text | None = Field(default=None, max_length=10_000)
@@ -143,7 +145,7 @@ def plan_search(
         fork_tokens=min(fork.max_tokens or config.fork.max_tokens, config.fork.max_tokens),
         iteration=asked.iteration,
         feedback=config.fork.feedback,
-        end_repeats=fork.end_repeats,
+        end_repeats=fork.end_repeats if "end_repeats" in fork.model_fields_set else config.fork.end_repeats,
     )
 
 

@@ -90,6 +90,25 @@ def test_the_request_narrows_the_configuration() -> None:
     assert plan.end_repeats == 0.0
 
 
+@pytest.mark.parametrize(
+    ("server", "asked", "worth"),
+    [
+        (3.0, {}, 3.0),
+        (3.0, {"end_repeats": 0}, 0.0),
+        (3.0, {"end_repeats": None}, None),
+        (None, {}, None),
+        (None, {"end_repeats": 10}, 10.0),
+    ],
+)
+def test_ending_repeats_is_the_servers_unless_the_request_says_otherwise(
+    server: float | None, asked: dict[str, Any], worth: float | None
+) -> None:
+    config = SpecGenConfig.model_validate({"fork": {"end_repeats": server}})
+    plan = plan_search(RequestOptions.model_validate({"task": TASK, "fork": asked}), "", config)
+    assert plan is not None
+    assert plan.end_repeats == worth
+
+
 def test_a_task_path_must_be_under_an_allowed_root(tmp_path: Path) -> None:
     root = tmp_path / "tasks"
     root.mkdir()
