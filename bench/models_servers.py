@@ -23,8 +23,9 @@ from specgen_engine.serving.command import prepare
 from specgen_engine.serving.process import running_server
 
 Mode = Literal[
-    "plain", "fp32-head", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier", "invariant-tier"
-]
+    "plain", "fp32-head", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier", "invariant-tier",
+    "mtp-tier", "mtp-accepted-tier",
+]  # fmt: skip
 MODES: tuple[Mode, ...] = get_args(Mode)
 GPU_ARGUMENTS = (
     *("--load-format", "dummy", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--skip-server-warmup"),
@@ -151,7 +152,7 @@ def is_strict(case: Case) -> bool:
 def environment_of(facts: Facts, case: Case) -> Mapping[str, str]:
     strict = {STRICT: "1"} if is_strict(case) else {}
     of_mode = {
-        **(ACCEPTED if case.mode == "mtp-accepted" else {}),
+        **(ACCEPTED if case.mode.startswith("mtp-accepted") else {}),
         **(invariant.ENVIRONMENT if case.is_invariant else {}),
     }
     return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}

@@ -86,8 +86,8 @@ MODES: tuple[Mode, ...] = (
          "bench.models on an H200: 64 forks, a storm, strict accounting; random weights, drafts taken for right by "
          "SGLang's SGLANG_SIMULATE_ACC_LEN"),
     Mode("remote KV tier beside an EAGLE draft model", "--specgen-kv", "works",
-         "tests/engine/test_speculative.py: on the CPU engine; the draft's KV is not kept, so that it guesses worse "
-         "after a restore"),
+         "tests/engine/test_speculative.py: on the CPU engine; the draft's KV comes back with the target's, so that as "
+         "many drafts are right after a restore as before"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
@@ -115,8 +115,8 @@ MODES: tuple[Mode, ...] = (
     Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
          _above("nnodes", 1)),
     Mode("speculative decoding with a chain of drafts (MTP, EAGLE)", "--speculative-algorithm EAGLE", "refused",
-         "where the drafts come from the model's own MTP layers it has run for GLM-5 without the remote KV tier only; "
-         "leave it out, or the tier", _own_layers, untested=True),
+         "where the drafts come from the model's own MTP layers it has run on a GPU for GLM-5 without the remote KV "
+         "tier only; leave it out, or the tier", _own_layers, untested=True),
     Mode("other speculative decoding (a tree of drafts, EAGLE3, NGRAM, ...)", "--speculative-algorithm", "refused",
          "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
          "lengths are untested; use EAGLE with --speculative-eagle-topk 1",

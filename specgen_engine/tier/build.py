@@ -23,6 +23,7 @@ from specgen_engine.modes import TRY, refusal_of
 from specgen_engine.tier import dsa, dsv4
 from specgen_engine.tier.base import PageShape, TierError, page_shape
 from specgen_engine.tier.cache import TierRadixCache
+from specgen_engine.tier.drafts import kept_beside
 from specgen_engine.tier.lenders import Lenders
 from specgen_engine.tier.metrics import Stats
 from specgen_engine.tier.movers import CudaMover, LoopbackMover, PageMover
@@ -59,20 +60,22 @@ def build_cache(ctx: Any, kv: KvConfig, original: Callable[[Any], Any]) -> Any:
     if dsv4.is_dsv4(device_pool):
         return _build_unified(ctx, kv, original, device_pool, stats)
     shape = page_shape(device_pool, ctx.params.page_size)
+    kind = MLAArenaPool if shape.planes_per_layer == 1 else MHAArenaPool
+    shape, draft, draft_layers = kept_beside(shape, device_pool, ctx.tp_worker)
     backend, arena = make_arena(device_pool, shape, kv)
     lender = own_lender(kv, backend, ctx.tp_rank) if kv.tier == "loopback" and kv.directory is None else None
     one = _borrow(ctx, kv, arena, lender, stats)
     if one.chunks == 0:
         return _without_lenders(ctx, kv, original, [one.lenders])
-    kind = MLAArenaPool if shape.planes_per_layer == 1 else MHAArenaPool
-    pool = _make_pool(kind, device_pool, shape, one, kv, stats)
+    pool = _make_pool(kind, device_pool, shape, one, kv, stats, draft)
 
     def make_pool(*_args: Any, **_kwargs: Any) -> ArenaPool:
         return pool
 
     with dsa.attached(pool):
         cache = TierRadixCache(ctx.params, ctx.server_args, make_pool)
-    cache.all_lenders, cache.own_lender = [one.lenders], lender
+    cache.all_lenders, cache.own_lender, cache.draft_layers = [one.lenders], lender, draft_layers
+    _write_behind_forwards(cache, ctx.tp_worker)
     one.lenders.watch(pool.move)
     ctx.tp_worker.register_hicache_layer_transfer_counter(cache.cache_controller.layer_done_counter)
     return cache
@@ -108,9 +111,14 @@ def _build_unified(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], devic
     if not isinstance(cache, UnifiedTierCache):
         raise TierError(f"--specgen-kv: SGLang made a {type(cache).__name__} for {dsv4.POOL}: use host or off")
     cache.all_lenders, cache.own_lender = [one.lenders for one in borrowed], lender
+    _write_behind_forwards(cache, ctx.tp_worker)
     for one, pool in zip(borrowed, pools, strict=True):
         one.lenders.watch(pool.move)
     return cache
+
+
+def _write_behind_forwards(cache: Any, worker: Any) -> None:
+    cache.cache_controller.forward_stream = worker.model_runner.forward_stream
 
 
 def make_arena(device_pool: Any, shape: PageShape, kv: KvConfig) -> tuple[Backend, PageArena]:
@@ -141,7 +149,7 @@ def describe(scheduler: Any) -> dict[str, Any] | None:
     if not isinstance(cache, TierRadixCache | UnifiedTierCache):
         return None
     alive = sorted({name for lenders in cache.all_lenders for name in lenders.alive})
-    state: dict[str, Any] = {"counts": dict(cache.stats.counts), "lenders": alive}
+    state: dict[str, Any] = {"counts": dict(cache.stats.counts), "lenders": alive, "draft_layers": cache.draft_layers}
     unified = isinstance(cache, UnifiedTierCache)
     pools = (
         {"pages": cache.parts.tokens.pool, "window_pages": cache.parts.window.pool}
@@ -190,12 +198,13 @@ def _borrow(
 
 
 def _make_pool(
-    kind: type[ArenaPool], device_pool: Any, shape: PageShape, one: Borrowed, kv: KvConfig, stats: Stats
-) -> ArenaPool:
+    kind: type[ArenaPool], device_pool: Any, shape: PageShape, one: Borrowed, kv: KvConfig, stats: Stats,
+    draft: Any = None,
+) -> ArenaPool:  # fmt: skip
     """A pool over a borrowed arena, after a probe of it. Raises TierError when bytes come back changed."""
     arena = one.arena
     mover: PageMover = LoopbackMover(shape, arena, stats) if kv.tier == "loopback" else CudaMover(shape, arena, stats)
-    report = probe(device_pool, shape, arena)
+    report = probe(device_pool, shape, arena, draft)
     name = f"{kv.tier}, {device_pool.name}" if isinstance(device_pool, dsv4.Space) else kv.tier
     logger.info("remote KV tier (%s): %d chunks from %s; %s", name, one.chunks, ", ".join(one.lenders.alive), report)
     chunks = one.chunks if one.owned else min(MAX_CHUNKS, 2 * one.chunks + 16)

@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
 
 from specgen_engine.errors import HookError
 from specgen_engine.tier import losses
-from specgen_engine.tier.common import MAX, MIN, Ahead, HostIndices, ReuseStrategy, TierCache, copy_mark
+from specgen_engine.tier.common import MAX, MIN, Ahead, ReuseStrategy, TierCache, TierWrites, copy_mark
 from specgen_engine.tier.events import LaunchCounter, stream_number
 from specgen_engine.tier.policy import Source
 from specgen_engine.tier.pool import ArenaPool
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SUBSTITUTED = ("get_mha_host_pool_cls", "MLATokenToKVPoolHost", "HiCacheController")
 
 
-class TierController(HostIndices, HiCacheController):
+class TierController(TierWrites, HiCacheController):
     """HiRadixCache's controller, with an event for each launch of a load instead of one for each layer."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

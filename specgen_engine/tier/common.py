@@ -45,8 +45,21 @@ class Ahead(NamedTuple):
 NOTHING_AHEAD = Ahead(frozenset(), -1)
 
 
-class HostIndices:
+class TierWrites:
     """Of a controller of SGLang's. Indices of the second level stay on the host: tables are made there."""
+
+    write_queue: list[Any]
+    write_stream: Any
+    forward_stream: Any = None
+
+    def start_writing(self) -> None:
+        """Behind the forward that was launched last: a fork point's newest token may be computed in it.
+
+        SGLang's own writes are of steps that have ended, so it waits for less: for what that forward reads.
+        """
+        if self.write_queue and self.forward_stream is not None:
+            self.write_stream.wait_stream(self.forward_stream)
+        super().start_writing()  # type: ignore[misc]
 
     def move_indices(self, host_indices: torch.Tensor, device_indices: torch.Tensor) -> Any:
         return host_indices, device_indices
@@ -75,6 +88,7 @@ class TierCache(BasePrefixCache):
     stats: Stats
     all_lenders: list[Any]
     own_lender: Any
+    draft_layers: int = 0
     _searches: Container[str] = ()
     _writer = NOBODY
     _ahead = NOTHING_AHEAD

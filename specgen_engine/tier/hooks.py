@@ -34,25 +34,41 @@ def prepare_arguments(args: argparse.Namespace, settings: SpecGenConfig) -> Spec
     return settings.model_copy(update={"kv": kv})
 
 
-def register_draft(original: Callable[..., None], **arguments: Any) -> None:
-    """Around SGLang's pool of pinned host memory for the draft's KV beside HiCache: a remote tier keeps none.
+def remember_draft(result: Any, scheduler: Any) -> Any:
+    """After the workers are made: the draft's pool, for the radix cache, which is made without the draft's worker."""
+    if _is_remote(scheduler.server_args) and scheduler.draft_worker is not None:
+        from sglang.srt.mem_cache.kv_cache_builder import get_draft_kv_pool
 
-    After a restore the draft attends to what lay in its slots before; the target verifies what it then guesses.
-    """
-    settings: SpecGenConfig | None = getattr(arguments.get("server_args"), "__dict__", {}).get("specgen")
-    if settings is None or settings.kv.tier not in REMOTE:
+        from specgen_engine.tier.drafts import remember
+
+        pool = get_draft_kv_pool(
+            draft_worker=scheduler.draft_worker,
+            spec_algorithm=scheduler.spec_algorithm,
+            server_args=scheduler.server_args,
+        )
+        remember(scheduler.tp_worker, pool)
+    return result
+
+
+def register_draft(original: Callable[..., None], **arguments: Any) -> None:
+    """Around SGLang's pool of pinned host memory for the draft's KV beside HiCache: it is in a remote tier's pages."""
+    if not _is_remote(arguments.get("server_args")):
         original(**arguments)
+
+
+def _is_remote(server_args: Any) -> bool:
+    settings: SpecGenConfig | None = getattr(server_args, "__dict__", {}).get("specgen")
+    return settings is not None and settings.kv.tier in REMOTE
 
 
 def radix_cache(original: Callable[[Any], Any], ctx: Any) -> Any:
     """Around SGLang's default choice of a radix cache: ours when the tier is peer or loopback."""
-    settings: SpecGenConfig | None = ctx.server_args.__dict__.get("specgen")
-    if settings is None or settings.kv.tier not in REMOTE:
+    if not _is_remote(ctx.server_args):
         return original(ctx)
     from specgen_engine.tier.build import build_cache
 
     try:
-        return build_cache(ctx, settings.kv, original)
+        return build_cache(ctx, ctx.server_args.__dict__["specgen"].kv, original)
     except TierError as error:
         print(f"specgen: {error}", file=sys.stderr, flush=True)
         raise

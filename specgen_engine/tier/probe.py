@@ -39,12 +39,13 @@ def buffers_of(device_pool: Any) -> list[torch.Tensor]:
     return list(device_pool.kv_buffer)
 
 
-def probe(device_pool: Any, shape: PageShape, arena: PageArena) -> Report:
-    """Before the first request, while the pool's pages are nobody's.
+def probe(device_pool: Any, shape: PageShape, arena: PageArena, draft: Any = None) -> Report:
+    """Before the first request, while the pool's pages are nobody's; `draft`: the pool whose planes come after its.
 
     Raises TierError when bytes come back changed, or nothing can be moved.
     """
-    buffers = [buffer.view(torch.uint8).reshape(-1) for buffer in buffers_of(device_pool)]
+    tensors = buffers_of(device_pool) + (buffers_of(draft) if draft is not None else [])
+    buffers = [buffer.view(torch.uint8).reshape(-1) for buffer in tensors]
     count = min(PROBE_BYTES // shape.page_bytes + 1, device_pool.size // shape.page_size // 2, arena.counts().free)
     pages = np.arange(1, count + 1)
     rows = [

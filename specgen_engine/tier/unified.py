@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from specgen_engine.errors import HookError
 from specgen_engine.kv.hold import Hold
 from specgen_engine.tier import unified_losses as losses
-from specgen_engine.tier.common import MAX, MIN, Ahead, HostIndices, ReuseStrategy, TierCache, copy_mark
+from specgen_engine.tier.common import MAX, MIN, Ahead, ReuseStrategy, TierCache, TierWrites, copy_mark
 from specgen_engine.tier.dsv4 import Space
 from specgen_engine.tier.losses import evicted_chain
 from specgen_engine.tier.policy import Source, spare_tokens
@@ -51,7 +51,7 @@ class Parts(NamedTuple):
     window: Part
 
 
-class TierHybridController(HostIndices, HybridCacheController):
+class TierHybridController(TierWrites, HybridCacheController):
     """UnifiedRadixCache's controller."""
 
 

@@ -249,6 +249,9 @@ def test_modes_that_need_sglangs_switches_set_those_it_has() -> None:
     accepted = environment_of(facts, case_of("glm5-small:mtp-accepted@1"))
     assert accepted["SGLANG_SIMULATE_ACC_LEN"] == "3"
     assert accepted["SGLANG_SIMULATE_ACC_TOKEN_MODE"] == "real-draft-token"
+    assert environment_of(facts, case_of("glm5-small:mtp-accepted-tier")) == accepted
+    assert "SGLANG_SIMULATE_ACC_LEN" not in environment_of(facts, case_of("glm5-small:mtp-tier"))
+    assert case_of("glm5-small:mtp-tier").has_tier
     assert not [name for name in plain if "SIMULATE" in name or "INVARIANT" in name or "STRICT" in name]
     assert all(hasattr(envs, name) for name in accepted if "SIMULATE" in name or "STRICT" in name)
     assert environment_of(facts, case_of("glm5-small:invariant"))["SPECGEN_BATCH_INVARIANT"] == "1"
