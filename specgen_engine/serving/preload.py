@@ -2,9 +2,10 @@
 
 A CPU server spends most of its start-up in three processes that each import SGLang for some 22 s of processor time.
 Here one template process does so and then forks; the server forks its scheduler and detokenizer in turn (SGLang asks
-for spawn). What runs is SGLang's own launch_server with its own processes, messages and HTTP server. Not for
-production: forked children share what was imported, so the environment variables that are read at import must be those
-of the template.
+for spawn). What runs is SGLang's own launch_server with its own processes, messages and HTTP server. Tokenizers are
+read before the fork, once a model: a server's three processes would read them four times, 11 s of two busy cores. Not
+for production: forked children share what was imported, so the environment variables that are read at import must be
+those of the template.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from specgen_engine.errors import SpecGenError
+from specgen_engine.serving.cpu import option_value
 
 # Read while SGLang or Triton is imported: a server that wants another value needs another template.
 IMPORT_TIME_VARIABLES = ("SGLANG_USE_CPU_ENGINE", "TRITON_INTERPRET", "PYTHONPATH")
@@ -142,11 +144,40 @@ def _pin_nothing() -> None:
     torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign,assignment,misc]
 
 
-def _serve_orders(control: socket.socket) -> None:
+class Tokenizers:
+    """SGLang's get_tokenizer, which remembers what it was asked for; a server's processes inherit what is known."""
+
+    def __init__(self) -> None:
+        self._read = importlib.import_module("sglang.srt.utils.hf_transformers_utils").get_tokenizer
+        self._known: dict[str, Any] = {}
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", {})
+            if names.get("get_tokenizer") is self._read:
+                names["get_tokenizer"] = self.get
+
+    def get(self, name: str, *args: Any, **options: Any) -> Any:
+        key = repr((name, args, sorted(options.items())))
+        if key not in self._known:
+            self._known[key] = self._read(name, *args, **options)
+        return self._known[key]
+
+    def expect(self, arguments: Sequence[str]) -> None:
+        """Read what a server with these arguments asks for; one that can't be read is left to the server's message."""
+        folder = option_value(arguments, "--tokenizer-path") or option_value(arguments, "--model-path")
+        if folder is None:
+            return
+        with contextlib.suppress(Exception):
+            self.get(
+                folder, tokenizer_mode="auto", trust_remote_code=False, revision=None, tokenizer_backend="huggingface"
+            )
+
+
+def _serve_orders(control: socket.socket, expect: Callable[[Sequence[str]], None]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with control.makefile("rw", encoding="utf-8") as lines:
         for line in lines:
             order = json.loads(line)
+            expect(order["arguments"])
             pid = os.fork()
             if pid == 0:
                 _become_server(control, order)
@@ -204,4 +235,4 @@ if __name__ == "__main__":
     _pin_nothing()
     for module in sys.argv[2:]:
         importlib.import_module(module)
-    _serve_orders(control)
+    _serve_orders(control, Tokenizers().expect)

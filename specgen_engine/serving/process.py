@@ -99,22 +99,41 @@ def last_error(log: Path) -> str:
     return (errors or lines or ["(empty log)"])[-1][:400]
 
 
-def kill_tree(process: psutil.Process, grace_s: float = 5) -> None:
-    """SIGTERM, then SIGKILL, to the process, its group and every descendant."""
+def kill_tree(process: psutil.Process, grace_s: float = 1, patience_s: float = 5) -> None:
+    """SIGTERM, after grace_s SIGKILL, to the process, its group and every descendant; waits patience_s for their end.
+
+    A longer grace is of no use: SGLang takes its scheduler's end for a crash and sleeps 5 s before it looks into it.
+    """
     try:
         family = [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
         family = []
     for one in family:
         _signal(one, signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=grace_s)
-    for one in alive:
+    for one in _left_of(family, grace_s):
         _signal(one, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=grace_s)
+    _left_of(family, patience_s)
+    psutil.wait_procs(family, timeout=0)  # reaps the one that this process started
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
+
+
+def _left_of(family: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still run after timeout_s. Zombies do not: whoever inherits them takes seconds to reap them."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [one for one in family if _holds_something(one)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _holds_something(process: psutil.Process) -> bool:
+    """Of a zombie other threads may be on their way out, with a GPU's memory still theirs."""
+    try:
+        return _alive(process) or (process.is_running() and process.num_threads() > 1)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:
