@@ -3,10 +3,11 @@
 #   bash bench/pack_evaluation.sh PACK TRACES [LIBRARIES] [SITE]
 # TRACES: a folder with scores.json and, in folders of task folders, the answers that it scores.
 # LIBRARIES: CUDA C++ answers compiled before for the host's Python, as HASH.so; HASH: the first 16 digits of the SHA-256
-# of main.cpp and cuda.cu, as load_inline writes them. SITE: packages that the host lacks, put on PYTHONPATH there.
+# of main.cpp and cuda.cu, as load_inline writes them. SITE: packages that the host lacks, put on PYTHONPATH
+# there; sandboxes read folders of it that are named site-packages.
 set -eu
 pack=$1 traces=$2 libraries=${3:-} site=${4:-}
-rm -rf "$pack/src" "$pack/traces" "$pack/site" "$pack/libraries.tar.xz"
+rm -rf "$pack/src" "$pack/traces" "$pack/site-packages" "$pack/libraries.tar.xz"
 mkdir -p "$pack/src" "$pack/traces"
 git rev-parse HEAD >"$pack/COMMIT"
 git archive HEAD specgen_engine bench tests pyproject.toml | tar x -C "$pack/src" --exclude='bench/results/*'
@@ -27,6 +28,6 @@ for name in json.loads((source / "scores.json").read_text())["answers"]:
         shutil.copyfile(path, to)
 P
 [ -z "$libraries" ] || tar cJf "$pack/libraries.tar.xz" -C "$libraries" .
-[ -z "$site" ] || cp -r "$site" "$pack/site"
+[ -z "$site" ] || cp -r "$site" "$pack/site-packages"
 find "$pack" -name __pycache__ -prune -exec rm -r {} +
 du -sh "$pack"

@@ -22,7 +22,7 @@ pack=$(realpath "$1") total=${2:-580}
 DEVICE=${DEVICE:-cuda:0} STEPS=${STEPS:-cancel tests twice storm profile cute rate} LABEL=${LABEL:-$(date +%F)}
 LIGHT_WORKERS=${LIGHT_WORKERS:-4} WORKERS=${WORKERS:-6} STORM_WORKERS=${STORM_WORKERS:-8}
 HOST_FOLDER=${HOST_FOLDER:-/opt/specgen-evaluation}
-export OUT PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site${EXTRA_PATH:+:$EXTRA_PATH}"
+export OUT PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site-packages${EXTRA_PATH:+:$EXTRA_PATH}"
 SPECGEN_COMMIT=$(cat "$pack/COMMIT")
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")

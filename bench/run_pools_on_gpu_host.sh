@@ -12,7 +12,7 @@ set -u
 pack=$(realpath "$1") total=${2:-150}
 DEVICES=${DEVICES:-cuda:0,cuda:1} COUNT=${COUNT:-8} BURSTS=${BURSTS:-2} GAP_S=${GAP_S:-4}
 ONLY=${ONLY:-softmax_long|swiglu|rmsnorm_residual|cross_entropy/iter-1/fork-[123]|paged_attention}
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SPECGEN_COMMIT PYTHONPATH="$pack/src:$pack/site-packages"
 SPECGEN_COMMIT=$(cat "$pack/COMMIT")
 OUT=$(realpath "${OUT:?say where the results go: OUT=DIR}")
 cd "$pack/src" || exit

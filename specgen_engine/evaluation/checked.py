@@ -14,7 +14,7 @@ from .gpulock import gpu_turn
 from .gpuroom import Promise, note_shortage, promised
 from .guards import Guard, parse_guards
 from .spending import Spending
-from .worker import Ended, Worker
+from .worker import WARM_S, Ended, Worker
 
 TIMING_SLOTS = 2
 GIVE_BACK_S, LOOK_AGAIN_S = 1.5, 0.05
@@ -27,10 +27,11 @@ class Checked(Spending):
     """The first stages of one candidate on one worker; each raises Ended when it ends there.
 
     held: what is given back when the verdict has been told. crowded: the GPU's memory was too short before, so that
-    this one has the GPU to itself from its first byte there.
+    this one has the GPU to itself from its first byte there. harmless: it was correct to the end, and no kernel of it
+    can be running still.
     """
 
-    crowded = False
+    crowded = harmless = False
 
     def __init__(self, worker: Worker, request: dict[str, Any], held: ExitStack) -> None:
         super().__init__(lambda stage: worker.link.send({"job": self.job, "stage": stage}), request.get("arrived"))
@@ -58,12 +59,6 @@ class Checked(Spending):
         if ended.status is Status.TIMEOUT and self.worker.stage in ("check", "time") and self.limits.remember_hangs:
             remember_hang(self.worker.cache, self.task.hash, self.candidate.hash, str(ended))
 
-    def _warm_spare_early(self) -> None:
-        """While this candidate compiles just in time; for one that doesn't, after its verdict (see clear_gpu)."""
-        if self.worker.on_gpu and "triton" in self.candidate.source:
-            with self.step("spare"):
-                self.worker.begin_warming()
-
     # -- compile ---------------------------------------------------------------------------------------------------
 
     def _compile(self, regions: tuple[int, ...], build: BuildFolder) -> None:
@@ -85,15 +80,19 @@ class Checked(Spending):
                 self._imported()
         with self.step("inputs"):
             begun = self._judge_says("begun")
-        with self.step("open"):
-            worker.ask(self.child, {"op": "open", "sizes": begun["sizes"]}, tuple(self.judge.fds))
-            self.judge.close_fds()
-            worker.reply(self.child, self.limits.check_s, "making a CUDA context")
+        self._open(begun["sizes"])
         if not self.constructed:
             self._construct(begun)
         with self.own():
             worker.ask(self.child, {"op": "weights", "weights": begun["weights"]})
             worker.reply(self.child, self.limits.compile_s, CONSTRUCTING)
+
+    def _open(self, sizes: Any) -> None:
+        """The candidate maps its tensors. A context of its own takes what the GPU's other processes make it take."""
+        with self.step("open"):
+            self.worker.ask(self.child, {"op": "open", "sizes": sizes}, tuple(self.judge.fds))
+            self.judge.close_fds()
+            self.worker.reply(self.child, max(self.limits.check_s, WARM_S), "making a CUDA context")
 
     def _imported(self) -> None:
         self.worker.reply(self.child, self.limits.compile_s, "importing the module")
@@ -149,14 +148,12 @@ class Checked(Spending):
             self.steps["reference"] = self.steps.get("reference", 0.0) + max(0.0, unclaimed)
 
     def _place_judge(self) -> None:
-        """The spares, if they are to be warmed, beside it: they must be done before this candidate is timed."""
+        """In a turn that is kept where the candidate is imported by then."""
         with ExitStack() as early:
             if not self.has_turn:
                 self._take_gpu(early)
                 if self.child.inbox or self.child.ended:
                     self._keep_turn(early)
-            if self.has_turn:
-                self._warm_spare_early()
             self.worker.ask(self.judge, {"op": "place"})
             self._judge_reply(LOADING)
             self.worker.judge_placed = True
@@ -189,8 +186,14 @@ class Checked(Spending):
         if turn is not self.turn:
             self.turn.push(turn.pop_all())
         self.has_turn = True
-        self.turn.callback(self.worker.clear_gpu)
+        self.turn.callback(self._clear_gpu)
         self.worker.require_gpu()
+
+    def _clear_gpu(self) -> None:
+        """The next candidate's context takes the driver 0.2-0.3 s, in which others check where this one is harmless."""
+        if self.harmless:
+            self.gpu.beside_others(self.worker.pump)  # the verdict is told: nothing is left to cancel
+        self.worker.clear_gpu()
 
     def _take_room(self) -> None:
         """Go on beside others where the GPU holds another evaluation of this kind too, else alone.

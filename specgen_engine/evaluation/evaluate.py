@@ -49,7 +49,6 @@ class Evaluation(Timed):
             self._compile(regions, build)
             build.keep()
         with self.stage(Stage.CHECK):
-            self._warm_spare_early()
             self._check()
         with self.step("spare"):
             worker.await_warm(heed_cancel=True)
@@ -117,6 +116,7 @@ def _evaluate(worker: Worker, request: dict[str, Any], lost: str = "") -> str:
         }
         try:
             result = evaluation.run()
+            evaluation.harmless = True
             verdict |= {
                 "status": Status.CORRECT,
                 "speedup": round(result.speedup, 4),

@@ -51,6 +51,13 @@ class GpuTurn:
         self.is_alone = True
         return time.monotonic() - start
 
+    def beside_others(self, between: Callable[[float], None]) -> None:
+        """No longer alone: others may check, and none times a kernel until this turn ends."""
+        self._between = between
+        if self.is_alone:
+            self._wait("room", fcntl.LOCK_SH)
+            self.is_alone = False
+
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Nobody else looks at the GPU's free memory or is promised any."""

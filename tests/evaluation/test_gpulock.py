@@ -35,6 +35,22 @@ def test_checks_side_by_side_timing_alone() -> None:
     first.close()
 
 
+def test_who_has_timed_lets_others_check_but_not_time() -> None:
+    first, second = (GpuTurn(DEVICE, _impatient) for _ in range(2))
+    first.share()
+    first.alone()
+    with pytest.raises(Waits):
+        second.share()
+    second.close()
+    first.beside_others(_impatient)
+    third = GpuTurn(DEVICE, _impatient)
+    third.share()
+    with pytest.raises(Waits):
+        third.alone()
+    first.close()
+    third.alone()
+
+
 def test_who_waits_to_time_goes_before_newcomers() -> None:
     first, second, newcomer = (GpuTurn(DEVICE, _impatient) for _ in range(3))
     first.share()

@@ -59,7 +59,7 @@ class Script:
     """A worker on a GPU whose judge and candidate say what a test wants, when it wants; everything asked is noted."""
 
     def __init__(self, said: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said, self.log = said, list[str]()
+        self.said, self.log, self.patience = said, list[str](), dict[str, float]()
         self.judge = SimpleNamespace(kind="judge", inbox=[], ended=False, pending=2, fds=[], close_fds=lambda: None)
         self.child = SimpleNamespace(kind="candidate", inbox=[], ended=False, pending=1, heard=0.0)
         self.on_gpu, self.judge_placed, self.stage, self.device = True, False, "import", DEVICE
@@ -70,7 +70,9 @@ class Script:
     @contextmanager
     def _turn(self, *_: object) -> Iterator[Any]:
         self.log.append("turn")
-        yield SimpleNamespace(looking=nullcontext, alone=self._alone)
+        yield SimpleNamespace(
+            looking=nullcontext, alone=self._alone, beside_others=lambda _pump: self.log.append("beside others")
+        )
         self.log.append("turn ends")
 
     def _alone(self) -> float:
@@ -83,7 +85,7 @@ class Script:
     def ask(self, who: Any, message: dict[str, Any], fds: object = ()) -> None:
         self.log.append(f"{who.kind} {message['op']}")
         who.pending += 1
-        replies = {"place": "placed", "room": "room", "construct": "constructed"}
+        replies = {"place": "placed", "room": "room", "construct": "constructed", "open": "opened"}
         free = self.free.pop(0) if message["op"] == "room" and self.free else 9
         who.inbox.append({"event": replies[message["op"]], "free": free, "need": 1})
 
@@ -96,11 +98,12 @@ class Script:
             speaker.inbox.append(message)
             speaker.heard = time.monotonic()
         who.pending -= 1
+        self.patience[doing] = seconds
         self.log.append(f"{who.kind}: {who.inbox[0]['event']}")
         return who.inbox.pop(0)
 
-    def begin_warming(self) -> None:
-        self.log.append("spares")
+    def pump(self, seconds: float) -> None:
+        pass
 
     def require_gpu(self) -> None:
         pass
@@ -117,6 +120,14 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
+def stages(script: Script, source: str) -> Checked:
+    request = {"job": "j", "task": {"source": TASK.source, "name": "t"}, "candidate": source}
+    script.limits = SimpleNamespace(check_seeds=2, parallel_checks=True, task_s=1, compile_s=1, judges=3, check_s=1)  # type: ignore[attr-defined]
+    self = Checked(script, request, ExitStack())  # type: ignore[arg-type]
+    self.judge, self.child = script.judge, script.child  # type: ignore[assignment]
+    return self
+
+
 def imported(
     said: list[tuple[str, dict[str, Any]]],
     source: str,
@@ -124,15 +135,13 @@ def imported(
     free: Sequence[int] = (),
     crowded: bool = False,
     too_much: int = sys.maxsize,
+    harmless: bool = False,
 ) -> list[str]:
     """What happens while a candidate is imported on a GPU, to the end of its turn."""
     script = Script(list(said), monkeypatch)
     script.free, script.too_much = list(free), too_much
-    request = {"job": "j", "task": {"source": TASK.source, "name": "t"}, "candidate": source}
-    script.limits = SimpleNamespace(check_seeds=2, parallel_checks=True, task_s=1, compile_s=1, judges=3)  # type: ignore[attr-defined]
-    self = Checked(script, request, ExitStack())  # type: ignore[arg-type]
-    self.judge, self.child = script.judge, script.child  # type: ignore[assignment]
-    self.crowded, others = crowded, promised(DEVICE)
+    self = stages(script, source)
+    self.crowded, self.harmless, others = crowded, harmless, promised(DEVICE)
     with self.turn:
         self._import_on_gpu()
         script.log.append(f"{promised(DEVICE) - others} promised")
@@ -151,7 +160,7 @@ ROOM = ["judge room", "judge: room", "room for judges"]
 def test_a_candidate_imported_before_the_model_is_built_is_constructed_meanwhile(monkeypatch) -> None:
     log = imported([LOADED, IMPORTED, BUILT], "import triton", monkeypatch)
     early = ["judge: loaded", "candidate: imported", "turn", "candidate construct", "candidate: constructed"]
-    assert log == [*early, "judge: built", "spares", *PLACE, *ROOM, *END]
+    assert log == [*early, "judge: built", *PLACE, *ROOM, *END]
 
 
 def test_one_that_compiles_longer_leaves_the_gpu_to_others_once_the_judge_is_placed(monkeypatch) -> None:
@@ -162,8 +171,21 @@ def test_one_that_compiles_longer_leaves_the_gpu_to_others_once_the_judge_is_pla
 
 def test_tensors_wait_for_their_region(monkeypatch) -> None:
     log = imported([IMPORTED, TENSORS, BUILT], "import triton", monkeypatch)
-    start = ["judge: loaded", "judge: built", "turn", "spares", *PLACE]
+    start = ["judge: loaded", "judge: built", "turn", *PLACE]
     assert log == [*start, "candidate: imported", *ROOM, *END]
+
+
+def test_what_follows_a_correct_one_leaves_the_gpu_to_checks(monkeypatch) -> None:
+    log = imported([LOADED, BUILT, IMPORTED], "load_inline", monkeypatch, harmless=True)
+    assert log[-3:] == ["beside others", "cleared", "turn ends"]
+    assert "beside others" not in imported([LOADED, BUILT, IMPORTED], "load_inline", monkeypatch)
+
+
+def test_a_context_may_take_longer_than_a_call_of_the_candidate(monkeypatch) -> None:
+    script = Script([], monkeypatch)
+    stages(script, "load_inline")._open({})
+    assert script.log == ["candidate open", "candidate: opened"]
+    assert script.patience["making a CUDA context"] >= 10 * script.limits.check_s  # type: ignore[attr-defined]
 
 
 FAMILY = """
