@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.tier.forked_ranks import ranks_environment
 from tests.tier.two_ranks import LENGTH, PAGE, PREFIXES, ROUNDS
 
 pytestmark = pytest.mark.timeout(600)
@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, world: int) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "tests.tier.two_ranks", str(world), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=280, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ranks_environment(), cwd=ROOT, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
