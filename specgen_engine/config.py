@@ -147,8 +147,8 @@ class SpecGenConfig(Section):
 
     trigger: TriggerSpec = Field(
         default="paragraph:min=800",
-        description="when to fork: every:N, paragraph, fence, transition, draft, entropy:H, adaptive, :min=N behind "
-        "each, joined by +",
+        description="when to fork: every:N, paragraph, fence, transition, draft, entropy:H, adaptive, :min=N and "
+        ":new=code behind each, joined by +",
     )
     termination: TerminationSpec = Field(
         "gain:0.3",
@@ -162,7 +162,8 @@ class SpecGenConfig(Section):
         30,
         ge=0,
         description="seconds that verdicts are awaited once the base has answered by itself (a fortieth of the time so "
-        "far once that answer is known to be right), and ten times as many more for the verdict on that answer",
+        "far once that answer is known to be right), and ten times as many more for the verdict on that answer, three "
+        "times where a faster kernel is there",
     )
     fork: ForkConfig = Field(default_factory=ForkConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol
 
 from specgen_engine.controller.entropy import entropy_of
+from specgen_engine.controller.spacing import Spacing, parse_spacing
 
 ENTRY_POINT_GROUP = "specgen.triggers"
 # Where the adaptive trigger looks; the controller decides at each of these points whether to fork (adaptive.py).
@@ -245,45 +246,60 @@ def _adaptive_points() -> Trigger:
 
 
 class Member(NamedTuple):
-    """One of the joined triggers, with its own text and the least distance in tokens to the firing before."""
+    """One of the joined triggers, with its own text and its distance to the firing before."""
 
     spec: str
     trigger: Trigger
-    gap: int
+    spacing: Spacing
+
+
+class Joined(NamedTuple):
+    """last: position of the last firing, 0 without one; inner: the members' states; lines: of the text so far;
+    code: whether a code fence has closed since the last firing. Only kept where a member asks for new code."""
+
+    last: int
+    inner: tuple[Any, ...]
+    lines: Lines = _FIRST
+    code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AnyOf:
     """Fires when any member does, the earlier in the spec first.
 
-    A member's gap counts from the last firing of any member; the start of the reasoning counts as one.
+    A member's distance counts from the last firing of any member; the start of the reasoning counts as one.
     """
 
     spec: str
     members: tuple[Member, ...]
+    reads_code: bool = False
 
     @property
     def top_k(self) -> int:
         return max(wanted_logprobs(member.trigger) for member in self.members)
 
-    def weigh(self, state: tuple[int, tuple[Any, ...]], entropy: float) -> tuple[int, tuple[Any, ...]]:
-        last, inner = state
-        pairs = zip(self.members, inner, strict=True)
-        return last, tuple(weighed(member.trigger, before, entropy) for member, before in pairs)
+    def weigh(self, state: Joined, entropy: float) -> Joined:
+        pairs = zip(self.members, state.inner, strict=True)
+        return state._replace(inner=tuple(weighed(member.trigger, before, entropy) for member, before in pairs))
 
-    def start(self) -> tuple[int, tuple[Any, ...]]:
-        return 0, tuple(member.trigger.start() for member in self.members)
+    def start(self) -> Joined:
+        return Joined(0, tuple(member.trigger.start() for member in self.members))
 
-    def step(self, state: tuple[int, tuple[Any, ...]], piece: str, position: int) -> tuple[Any, str | None]:
-        last, inner = state
+    def step(self, state: Joined, piece: str, position: int) -> tuple[Joined, str | None]:
+        last, inner, lines, code = state
+        if self.reads_code:
+            lines, ended = scan(lines, piece)
+            code = code or ended.fence
         fired: str | None = None
         after = []
-        for (spec, trigger, gap), before in zip(self.members, inner, strict=True):
+        for (spec, trigger, spacing), before in zip(self.members, inner, strict=True):
             now, name = trigger.step(before, piece, position)
             after.append(now)
-            if name is not None and fired is None and position - last >= gap:
+            if name is not None and fired is None and spacing.allows(position - last, code):
                 fired = spec
-        return (last if fired is None else position, tuple(after)), fired
+        if fired is not None:
+            last, code = position, False
+        return Joined(last, tuple(after), lines, code), fired
 
 
 def wanted_logprobs(trigger: Trigger) -> int:
@@ -305,7 +321,7 @@ def _every(argument: str | None) -> Trigger:
 def _plain(make: Callable[[], Trigger]) -> Callable[[str | None], Trigger]:
     def factory(argument: str | None) -> Trigger:
         if argument is not None:
-            raise ValueError(f"{make().spec} takes no argument but min=N, as in {make().spec}:min=200")
+            raise ValueError(f"{make().spec} takes no argument but min=N and new=code, as in {make().spec}:min=200")
         return make()
 
     return factory
@@ -342,20 +358,15 @@ def _factory(name: str) -> Callable[[str | None], Trigger]:
 
 def _member(text: str) -> Member:
     name, *parts = (part.strip() for part in text.split(":"))
-    gap = 0
-    if parts and parts[-1].startswith("min="):
-        number = parts.pop()[len("min=") :]
-        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 10_000_000:
-            raise ValueError("min= needs a whole number of tokens from 1 to 10000000, as in paragraph:min=200")
-        gap = int(number)
+    parts, spacing = parse_spacing(parts)
     trigger = _factory(name)(":".join(parts) if parts else None)
     if not all(hasattr(trigger, name) for name in ("spec", "start", "step")):
         raise ValueError(f"the plug-in {name!r} gave {type(trigger).__name__}, which has no spec, start and step")
-    return Member(text, trigger, gap)
+    return Member(text, trigger, spacing)
 
 
 def parse_trigger(spec: str, field: str = "trigger") -> Trigger:
-    """Trigger of a spec such as ``every:400``, ``paragraph:min=200`` or ``every:800+fence``; ``none`` never fires.
+    """Trigger of a spec such as ``every:400``, ``paragraph:min=800:new=code`` or ``every:800+fence``; ``none``: never.
 
     Raises ValueError with the field, the value and the remedy. Plug-ins are entry points of the group
     ``specgen.triggers``: name -> factory(argument: str | None) -> Trigger.
@@ -372,9 +383,9 @@ def parse_trigger(spec: str, field: str = "trigger") -> Trigger:
         members = tuple(_member(part) for part in parts)
     except ValueError as error:
         raise ValueError(f"{field}={spec!r}: {error}") from None
-    if len(members) == 1 and not members[0].gap:
+    if len(members) == 1 and members[0].spacing == Spacing():
         return members[0].trigger
-    return AnyOf("+".join(parts), members)
+    return AnyOf("+".join(parts), members, any(member.spacing.code for member in members))
 
 
 def fire_points(trigger: Trigger, pieces: list[str]) -> list[tuple[int, str]]:

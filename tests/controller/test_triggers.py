@@ -103,7 +103,7 @@ def test_cutting_the_text_otherwise_moves_a_firing_to_the_end_of_its_token_only(
 
 @given(st.lists(st.text(max_size=8), max_size=60))
 def test_no_text_makes_a_trigger_raise_and_states_are_values(pieces: list[str]) -> None:
-    joined = parse_trigger("every:7+paragraph:min=5+fence+draft+transition")
+    joined = parse_trigger("every:7+paragraph:min=5:new=code+fence+draft+transition")
     assert fire_points(joined, pieces) == fire_points(joined, pieces)
 
 
@@ -111,6 +111,37 @@ def test_min_keeps_firings_apart_and_counts_from_the_start() -> None:
     pieces = ["a", "\n\n"] * 10
     assert [at for at, _ in fire_points(parse_trigger("paragraph:min=5"), pieces)] == [6, 12, 18]
     assert [at for at, _ in fire_points(parse_trigger("paragraph:min=6"), pieces)] == [6, 12, 18]
+
+
+CODE, PROSE = ["```", "\n", "x", "\n", "```", "\n", "\n"], ["a", "\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "points"),
+    [
+        (PROSE * 2 + CODE + PROSE * 4, [11]),  # the paragraphs before the code, and those after it, bring none
+        (PROSE * 2 + CODE + PROSE * 2 + CODE, [11, 22]),
+        (CODE + PROSE, [7]),
+        (["```", "\n", "x", "\n"] + PROSE * 2, []),  # it never closes
+        (CODE[:-1] + ["b", "\n\n"] + PROSE * 8, [8, 20]),  # three times the least distance on, without any
+        (PROSE * 12, [12, 24]),
+    ],
+)
+def test_new_code_keeps_back_where_no_fence_has_closed_since_the_firing_before(
+    pieces: list[str], points: list[int]
+) -> None:
+    plain, new = parse_trigger("paragraph:min=4"), parse_trigger("paragraph:min=4:new=code")
+    assert fire_points(new, pieces) == [(at, "paragraph:min=4:new=code") for at in points]
+    assert len(fire_points(plain, pieces)) >= len(points)
+    assert fire_points(parse_trigger("paragraph:new=code:min=4"), pieces) == [
+        (at, "paragraph:new=code:min=4") for at in points
+    ]
+
+
+def test_new_code_of_one_of_the_joined_is_asked_of_it_alone() -> None:
+    joined = parse_trigger("paragraph:min=3:new=code + every:6")
+    points = fire_points(joined, PROSE * 2 + CODE + PROSE)
+    assert points == [(6, "every:6"), (11, "paragraph:min=3:new=code"), (12, "every:6")]
 
 
 def test_joined_triggers_name_the_one_that_fired_and_share_the_distance() -> None:
@@ -136,6 +167,10 @@ def test_none_never_fires() -> None:
         ("paragraph:", "takes no argument"),
         ("paragraph:min=", "min="),
         ("paragraph:min=0", "min="),
+        ("paragraph:min=3:min=4", "given once"),
+        ("paragraph:new=code", "needs min=N"),
+        ("paragraph:min=4:new=prose", "needs code"),
+        ("paragraph:new=code:min=4:new=code", "given once"),
         ("fence:7", "takes no argument"),
         ("sentence", "use one of"),
         ("paragraph++fence", "empty part"),
