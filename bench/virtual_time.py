@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from specgen_engine.controller.grace import OWN_GRACES
+from specgen_engine.controller.grace import own_grace_s
 from specgen_engine.controller.termination import Criterion, Decision, Never, Progress, Scored, best, watches_progress
 from specgen_engine.evaluation.base import Status
 from specgen_engine.pools.policy import late_s
@@ -263,10 +263,11 @@ class _Search:
         while self.evaluators.running:
             if self.evaluators.next_time() > until:
                 self.now = until
-                if given_up or self.own() is not None or self.winner() is not None:
+                if given_up or self.own() is not None:
                     return
                 self.evaluators.keep(self.now, final.hash)
-                until, given_up = self.now + OWN_GRACES * self.machine.grace_s, True
+                more_s = own_grace_s(self.machine.grace_s, replaceable=self.winner() is not None)
+                until, given_up = self.now + more_s, True
                 continue
             self.now = max(self.now, self.evaluators.next_time())
             if done := self.evaluators.complete():

@@ -36,7 +36,7 @@ from specgen_engine.controller.events import (
     VerdictIn,
 )
 from specgen_engine.controller.forking import Forks
-from specgen_engine.controller.grace import OWN_GRACES, Grace
+from specgen_engine.controller.grace import Grace, own_grace_s
 from specgen_engine.controller.graft import graft
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes, Publish, ignore
@@ -243,13 +243,12 @@ class Session:
         self._grace.start(late_s(self.options.grace_s, self._grace.waited(), self._now(), own_right=right))
 
     def _on_grace_over(self) -> None:
-        """Other candidates are given up; the base's own verdict, which says what its answer is worth, gets more time,
-        unless a kernel that is known to be faster replaces the answer."""
-        if self._grace.times > 1 or self._winner() is not None or not self._competition.awaits_own():
+        """Others are given up; the base's own verdict, which says what its answer is worth, gets more time."""
+        if self._grace.times > 1 or not self._competition.awaits_own():
             self._conclude()
             return
         self._competition.cancel(keep_own=True)
-        self._grace.start(OWN_GRACES * self.options.grace_s)
+        self._grace.start(own_grace_s(self.options.grace_s, replaceable=self._winner() is not None))
 
     def _conclude_when_idle(self) -> None:
         if not self._competition.jobs and self._checked:

@@ -112,11 +112,14 @@ def test_late_candidates_are_awaited_as_the_live_session_awaits_them(
     assert (outcome.accepted and outcome.accepted.hash) == accepted
 
 
-def test_after_the_grace_a_base_without_a_verdict_yields_to_a_faster_kernel_or_is_awaited_alone() -> None:
+def test_after_the_grace_a_base_without_a_verdict_is_awaited_alone_and_yields_to_a_faster_kernel_in_the_end() -> None:
     two = replace(PLAIN, evaluators=2)
     slow = replace(recording(1.2), final=answer("final", 2.0, compile_s=50.0))
-    replaced = run_search(slow, two, parse_termination("none"), [100])
-    assert replaced.seconds == pytest.approx(110 + 30)
+    in_time = run_search(slow, two, parse_termination("none"), [100])
+    assert (in_time.seconds, in_time.accepted and in_time.accepted.hash) == (pytest.approx(110 + 55), "final")
+    stuck = replace(slow, final=answer("final", 2.0, compile_s=130.0))
+    replaced = run_search(stuck, two, parse_termination("none"), [100])
+    assert replaced.seconds == pytest.approx(110 + 30 + 90)
     assert (replaced.accepted and replaced.accepted.hash, replaced.correct) == ("f1", 1)
     slower = replace(slow, forks=(answer("f1", 0.9), answer("f2", 3.0, gpu_s=500.0)), marks=(100, 200))
     awaited = run_search(slower, replace(two, compilers=2), parse_termination("none"), [100, 200])

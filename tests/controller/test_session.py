@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from specgen_engine.controller.grace import OWN_GRACES
+from specgen_engine.controller.grace import OWN_GRACES, REPLACEABLE_GRACES
 from specgen_engine.errors import RequestError
 from specgen_engine.evaluation.base import Candidate, Status
 from specgen_engine.protocol import EndSearch, WatchSearch
@@ -97,21 +97,23 @@ def test_an_unjudged_own_answer_falls_only_to_a_kernel_faster_than_the_reference
         rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
         await rig.end()
         assert (source("fork") in rig.got[-1].text) is wins
+        assert (rig.session.record.wall_s < OWN_GRACES * 0.05) is wins
+        assert rig.session.record.wall_s >= (1 + REPLACEABLE_GRACES) * 0.05
         own = next(c for c in rig.session.record.candidates if c.source == "base")
         assert own.status is Status.CANCELLED
 
     run(body)
 
 
-@pytest.mark.parametrize("other", [None, Status.WRONG, 0.5], ids=["unfinished", "wrong", "slow"])
+@pytest.mark.parametrize("other", [None, Status.WRONG, 0.5, 1.1], ids=["unfinished", "wrong", "slow", "fast"])
 def test_after_the_grace_the_bases_own_verdict_is_awaited_without_the_others(other: Status | float | None) -> None:
     async def body() -> None:
-        rig = Rig(termination="none", grace_s=0.05)
+        rig = Rig(termination="none", grace_s=0.15)
         await rig.fork_one("fork")
         if other is not None:
-            rig.pool.judge("fork", None if other is Status.WRONG else 0.5)
+            rig.pool.judge("fork", None if isinstance(other, Status) else other)
         rig.engine.say("reasoning on</think>" + module("own"), {"type": "stop"})
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.25)
         assert rig.session.record.ended_by is None
         assert Candidate(source("fork")).hash not in rig.session._competition.jobs
         rig.pool.judge("own", 1.2)
