@@ -42,6 +42,7 @@ POLICIES = (
     "paragraph",
     "paragraph:min=200",
     "paragraph:min=800",
+    "paragraph:min=800:new=code",
     "fence",
     "draft",
     "transition:min=200",
