@@ -86,8 +86,8 @@ MODES: tuple[Mode, ...] = (
          "bench.models on an H200: 64 forks, a storm, strict accounting; random weights, drafts taken for right by "
          "SGLang's SGLANG_SIMULATE_ACC_LEN"),
     Mode("remote KV tier beside an EAGLE draft model", "--specgen-kv", "works",
-         "tests/engine/test_speculative.py: on the CPU engine; the draft's KV comes back with the target's, so that as "
-         "many drafts are right after a restore as before"),
+         "tests/engine/test_speculative_tier.py: on the CPU engine; the draft's KV comes back with the target's, so "
+         "that as many drafts are right after a restore as before"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
