@@ -24,7 +24,7 @@ from specgen_engine.serving.process import running_server
 
 Mode = Literal[
     "plain", "fp32-head", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier", "invariant-tier",
-    "mtp-tier", "mtp-accepted-tier",
+    "invariant-mtp", "tp2-invariant", "mtp-tier", "mtp-accepted-tier",
 ]  # fmt: skip
 MODES: tuple[Mode, ...] = get_args(Mode)
 GPU_ARGUMENTS = (
@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
     @property
     def is_invariant(self) -> bool:
-        return self.mode.startswith("invariant")
+        return "invariant" in self.mode
 
 
 class Running(NamedTuple):

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 SERVERS = ("engine", "live")
+settings.register_profile("any machine", deadline=None)  # an example that imports SGLang, or waits for a CPU, is right too
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,11 @@
-"""SGLang's batch-invariant operators for GLM-5, so that a comparison is of forks and not of batch sizes.
+"""SGLang's batch-invariant operators for both models, so that a comparison is of forks and not of batch sizes.
 
---enable-deterministic-inference refuses the dsa backend. Its sparse attention computes each token apart, in prefill and
-decoding by the same kernel; matrix products, the router and the experts' sums are what batches of other sizes compute
-otherwise, and those SGLang has operators for. One thing is left: behind 2,048 tokens the indexer's choice comes in the
-order in which threads found it (atomicAdd, in the fused kernels of prefill and of decoding), and attention sums in that
-order. Here it is put in the order of positions before it is turned into slots of the pool.
+--enable-deterministic-inference refuses the dsa backend. GLM-5's sparse attention computes each token apart, in prefill
+and decoding by the same kernel; matrix products, the router and the experts' sums are what batches of other sizes
+compute otherwise, and those SGLang has operators for. One thing is left: behind 2,048 tokens the indexer's choice comes
+in the order in which threads found it (atomicAdd, in the fused kernels of prefill and of decoding), and attention sums
+in that order. Here it is put in the order of positions before it is turned into slots of the pool. DeepSeek-V4 has
+another attention: invariant_dsv4.py.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 
+from specgen_engine.models import invariant_dsv4
+
 SWITCH = "SPECGEN_BATCH_INVARIANT"
 # DeepGEMM's product is compiled anew for many shapes; Triton's once a type.
-ENVIRONMENT = {SWITCH: "1", "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM": "0"}
+ENVIRONMENT = {SWITCH: "1", "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM": "0", **invariant_dsv4.ENVIRONMENT}
 
 
-def enable_if_asked() -> None:
+def enable_if_asked(model: torch.nn.Module) -> None:
     """In a scheduler, before its model's weights are made: what SGLang decides after that, it decides as if
     --enable-deterministic-inference were set. Nothing without SPECGEN_BATCH_INVARIANT=1."""
     if os.environ.get(SWITCH) != "1":
@@ -31,6 +34,8 @@ def enable_if_asked() -> None:
     get_context().override("specgen", enable_deterministic_inference=True)
     if getattr(DSATopKBackend.topk_transform, "__wrapped__", None) is None:
         DSATopKBackend.topk_transform = in_order(DSATopKBackend.topk_transform)
+    if type(model).__name__.startswith("DeepseekV4"):
+        invariant_dsv4.enable()
 
 
 def in_order(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -23,7 +23,7 @@ LOGITS = 0.3  # of the output head: a tie between tokens stays rarer than roundi
 
 def initialize(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     """Around SGLang's initialize_dummy_weights: scaled weights with SPECGEN_DUMMY_WEIGHTS=scaled, else its own."""
-    invariant.enable_if_asked()
+    invariant.enable_if_asked(model)
     if os.environ.get(SWITCH) != SCALED:
         original(model, *args, **kwargs)
         return
