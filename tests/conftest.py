@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 SERVERS = ("engine", "live")
-settings.register_profile("any machine", deadline=None)  # an example that imports SGLang, or waits for a CPU, is right too
+settings.register_profile("any machine", deadline=None)  # an example that imports SGLang, or waits for a CPU, is right
 settings.load_profile("any machine")
 
 
