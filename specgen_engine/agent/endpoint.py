@@ -14,11 +14,11 @@ import httpx
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAIError
 
 from specgen_engine.agent.base import AgentError, Generation
+from specgen_engine.controller.thinking import CLOSE_MARK, without_thinking
 from specgen_engine.evaluation.base import Task
 
 POLL_S = 1.0
 REQUEST_S = 3_600.0
-CLOSE_MARK = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Endpoint:
         message, usage = row["choices"][0]["message"], row["usage"] or {}
         search = (row.get("sglext") or {}).get("specgen")
         return Generation(
-            answer=_without_thinking(message["content"] or ""),
+            answer=without_thinking(message["content"] or ""),
             reasoned=_reasoned(message, usage),
             prompt_tokens=usage.get("prompt_tokens", 0),
             completion_tokens=usage.get("completion_tokens", 0),
@@ -156,7 +156,7 @@ class Endpoint:
                 pieces += 1
                 progress({"state": "answering" if text else "reasoning", "tokens": pieces})
         return Generation(
-            answer=_without_thinking(text),
+            answer=without_thinking(text),
             reasoned=_reasoned({"content": text, "reasoning_content": reasoning}, usage),
             prompt_tokens=usage.get("prompt_tokens", 0),
             completion_tokens=usage.get("completion_tokens") or pieces,
@@ -176,11 +176,6 @@ def _reasoned(message: dict[str, Any], usage: dict[str, Any]) -> bool:
     if details.get("reasoning_tokens") or usage.get("reasoning_tokens"):
         return True
     return CLOSE_MARK in (message.get("content") or "")
-
-
-def _without_thinking(text: str) -> str:
-    """A server without a reasoning parser leaves the thinking in the text; a code fence may be open where it ends."""
-    return text.rpartition(CLOSE_MARK)[2]
 
 
 def _short(error: BaseException) -> str:

@@ -26,14 +26,16 @@ class ThinkingStyle:
     forced: bool = False
 
 
+CLOSE_MARK = "</think>"
+"""Of every style that has marks."""
 PLAIN = ThinkingStyle("plain", "", "", "", "\n\n")
 STYLES = {
     style.name: style
     for style in (
-        ThinkingStyle("deepseek-r1", "<think>", "</think>", forced=True),
-        ThinkingStyle("deepseek", "<think>", "</think>", "", ""),
-        ThinkingStyle("glm", "<think>", "</think>", "", "\n"),
-        ThinkingStyle("qwen3", "<think>", "</think>"),
+        ThinkingStyle("deepseek-r1", "<think>", CLOSE_MARK, forced=True),
+        ThinkingStyle("deepseek", "<think>", CLOSE_MARK, "", ""),
+        ThinkingStyle("glm", "<think>", CLOSE_MARK, "", "\n"),
+        ThinkingStyle("qwen3", "<think>", CLOSE_MARK),
         PLAIN,
     )
 }
@@ -46,7 +48,7 @@ _OF_PARSER = {
     "qwen3-thinking": "qwen3",
 }
 _OTHER_MARKERS = (
-    ("<think>", "</think>"),
+    ("<think>", CLOSE_MARK),
     ("<mm:think>", "</mm:think>"),
     ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -183,3 +185,8 @@ def split_thinking(style: ThinkingStyle, opened: bool, output: str) -> tuple[str
         text = output
     reasoning, closed, answer = text.partition(style.close)
     return (reasoning, answer) if closed else (reasoning, None)
+
+
+def without_thinking(text: str) -> str:
+    """A server without a reasoning parser leaves the thinking in the text; a code fence may be open where it ends."""
+    return text.rpartition(CLOSE_MARK)[2]

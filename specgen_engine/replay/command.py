@@ -16,6 +16,7 @@ from rich.console import Console
 
 from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.controller.termination import parse_termination
+from specgen_engine.controller.thinking import without_thinking
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.errors import SpecGenError
 from specgen_engine.evaluation.base import Candidate
@@ -150,7 +151,7 @@ def row_of(search: dict[str, Any], iteration: Iteration, answer: str, usage: dic
     measured = (iteration.measured or {}).get("final")
     recorded_final = {"status": str(measured.status), "speedup": measured.speedup} if measured else None
     row = {"trace": search["trace"], **{name: search[name] for name in kept}}
-    return {**row, "recorded_final": recorded_final, "answer": answer, "usage": usage}
+    return {**row, "recorded_final": recorded_final, "answer": without_thinking(answer), "usage": usage}
 
 
 def recorded_sources(iteration: Iteration) -> list[tuple[str, str]]:

@@ -22,12 +22,12 @@ FIELDS = {
 }  # fmt: skip
 
 
-def row(**changes: Any) -> dict[str, Any]:
+def row(answer: str = "text", **changes: Any) -> dict[str, Any]:
     source = extract_candidate(ITERATION.forks[3])
     assert source is not None
     record = SearchRecord("id", "t", "h", "every:400", "none", 0.0, trace="cpu_row_softmax", iteration=1, **changes)
     record.candidates.append(CandidateRecord(Candidate(source).hash, "fork", 1.0, status=Status.CORRECT, speedup=2.0))
-    return row_of(record.to_dict(), ITERATION, "text", {})
+    return row_of(record.to_dict(), ITERATION, answer, {})
 
 
 def test_a_row_has_what_the_schema_names_and_says_which_answer_a_candidate_was() -> None:
@@ -35,6 +35,14 @@ def test_a_row_has_what_the_schema_names_and_says_which_answer_a_candidate_was()
     assert set(one) >= FIELDS
     assert one["candidates"][0]["recorded_answer"] == "fork-3"
     assert one["recorded_final"] == {"status": "correct", "speedup": 4.89}
+
+
+def test_a_reasoning_that_was_cut_inside_a_fence_hides_no_answer() -> None:
+    """The replaying server has no reasoning parser: the cut reasoning comes before the answer."""
+    cut = "First the maximum.\n\n```cpp\nconst __m256 m = set1(hmax(m0"
+    one = row(f"{cut}</think>{ITERATION.forks[3]}")
+    assert one["answer"] == ITERATION.forks[3]
+    assert row(ITERATION.final)["answer"] == ITERATION.final
 
 
 def test_every_recorded_answer_of_the_bundled_trace_is_known() -> None:
