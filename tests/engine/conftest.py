@@ -23,6 +23,18 @@ from tests.template import STRICT
 
 BUNDLED = Path(__file__).parents[2] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"
 TASK = load_traces([BUNDLED])[0].task_source
+QUICK_ANSWER = """Softmax and the weight, in place.
+
+```python
+import torch.nn as nn
+
+
+class ModelNew(nn.Module):
+    def forward(self, x, weight):
+        return x.softmax(dim=-1).mul_(weight)
+```
+"""
+"""Faster than the task by half and more; needs no compiler, which may take longer than a whole reasoning."""
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,10 @@ import pytest
 
 from specgen_engine.agent.history import History
 from specgen_engine.evaluation.base import Task
-from tests.engine.conftest import BUNDLED, TASK, Client, StartServer
+from tests.engine.conftest import BUNDLED, QUICK_ANSWER, TASK, Client, StartServer
 
 ITERATIONS = 2
 LONGEST_S = 600
-ANSWER = """Softmax and the weight, in place.
-
-```python
-import torch.nn as nn
-
-
-class ModelNew(nn.Module):
-    def forward(self, x, weight):
-        return x.softmax(dim=-1).mul_(weight)
-```
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +30,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / BUNDLED.name
     shutil.copytree(BUNDLED, folder)
     for answer in folder.glob("iter-1/fork-*.md"):
-        answer.write_text(ANSWER)
+        answer.write_text(QUICK_ANSWER)
     return folder
 
 
