@@ -47,7 +47,6 @@ MTP = (
 # Random weights accept none of their own drafts. SGLang takes the first two of three for right here, and writes them.
 ACCEPTED = {"SGLANG_SIMULATE_ACC_LEN": "3", "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
 MTP_NAME = "speculative decoding with a chain of drafts (MTP, EAGLE)"
-UNTRIED_TIER = "remote KV tier of DeepSeek-V4"
 STRICT = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
 TIER_POOL, FORK_POOL = 147_456, 131_072
 LENT = "3GiB"
@@ -155,4 +154,4 @@ def environment_of(facts: Facts, case: Case) -> Mapping[str, str]:
         **(ACCEPTED if case.mode.startswith("mtp-accepted") else {}),
         **(invariant.ENVIRONMENT if case.is_invariant else {}),
     }
-    return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: f"DeepSeek-V4;{UNTRIED_TIER};{MTP_NAME}"}
+    return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: MTP_NAME}

@@ -43,11 +43,14 @@ def _chained(arguments: Any) -> bool:
     return arguments.speculative_algorithm == "EAGLE" and (arguments.speculative_eagle_topk or 1) == 1 and not other
 
 
+OWN_LAYERS_RAN = ("GlmMoeDsaForCausalLM", "DeepseekV4ForCausalLM")
+
+
 def _own_layers(arguments: Any) -> bool:
-    """The drafts come from layers of the model itself (MTP), not from a draft model; GLM-5's ran without a tier."""
+    """The drafts come from layers of the model itself (MTP), not from a draft model; two models' ran without a tier."""
     draft = getattr(arguments, "speculative_draft_model_path", None)
     own = draft in (None, getattr(arguments, "model_path", None))
-    has_run = _architecture(arguments) == "GlmMoeDsaForCausalLM" and not _own_tier(arguments)
+    has_run = _architecture(arguments) in OWN_LAYERS_RAN and not _own_tier(arguments)
     return _chained(arguments) and own and not has_run
 
 
@@ -73,7 +76,8 @@ def _page_sizes(arguments: Any) -> tuple[int | None, ...]:
 
 
 MODES: tuple[Mode, ...] = (
-    Mode("tensor parallel", "--tp-size", "works", "tests/engine/test_modes.py, two CPU ranks over gloo"),
+    Mode("tensor parallel", "--tp-size", "works",
+         "tests/engine/test_modes.py, two CPU ranks over gloo; bench.models, GLM-5 and DeepSeek-V4 on two H200"),
     Mode("page size 1, 16, 32, 64", "--page-size", "works", "tests/engine/test_fork_kv.py"),
     Mode("overlap scheduling, on and off", "--disable-overlap-schedule", "works", "tests/engine/test_fork_kv.py"),
     Mode("chunked prefill", "--chunked-prefill-size", "works", "tests/engine/test_fork_kv.py"),
@@ -81,13 +85,17 @@ MODES: tuple[Mode, ...] = (
          "tests/engine/test_modes.py: forks are sent under their base's adapter"),
     Mode("speculative decoding with an EAGLE draft model", "--speculative-algorithm EAGLE --speculative-eagle-topk 1",
          "works", "tests/engine/test_speculative.py: SGLang's worker on the CPU engine, its kernels in torch; greedy"),
-    Mode("speculative decoding with GLM-5's own layers (MTP)",
+    Mode("speculative decoding with GLM-5's or DeepSeek-V4's own layers (MTP)",
          "--speculative-algorithm EAGLE --speculative-eagle-topk 1", "works",
          "bench.models on an H200: 64 forks, a storm, strict accounting; random weights, drafts taken for right by "
          "SGLang's SGLANG_SIMULATE_ACC_LEN"),
     Mode("remote KV tier beside an EAGLE draft model", "--specgen-kv", "works",
          "tests/engine/test_speculative_tier.py: on the CPU engine; the draft's KV comes back with the target's, so "
          "that as many drafts are right after a restore as before"),
+    Mode("DeepSeek-V4", "--model-path", "works",
+         "bench.models on an H200: 64 forks, as near to an empty cache as ordinary reuse, and a storm"),
+    Mode("remote KV tier of DeepSeek-V4", "--specgen-kv peer, loopback", "works",
+         "bench.models on two H200: 64 forks, a storm, restores of 8k to 128k tokens; losses and two ranks on a CPU"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
@@ -115,8 +123,8 @@ MODES: tuple[Mode, ...] = (
     Mode("several nodes", "--nnodes", "refused", "other nodes' schedulers do not report their hooks; use one node",
          _above("nnodes", 1)),
     Mode("speculative decoding with a chain of drafts (MTP, EAGLE)", "--speculative-algorithm EAGLE", "refused",
-         "where the drafts come from the model's own MTP layers it has run on a GPU for GLM-5 without the remote KV "
-         "tier only; leave it out, or the tier", _own_layers, untested=True),
+         "where the drafts come from the model's own MTP layers it has run on a GPU for GLM-5 and DeepSeek-V4, "
+         "without the remote KV tier only; leave it out, or the tier", _own_layers, untested=True),
     Mode("other speculative decoding (a tree of drafts, EAGLE3, NGRAM, ...)", "--speculative-algorithm", "refused",
          "accepted drafts of a tree are moved to other slots, and other drafters, several layers of them or adaptive "
          "lengths are untested; use EAGLE with --speculative-eagle-topk 1",
@@ -137,12 +145,6 @@ MODES: tuple[Mode, ...] = (
     Mode("other radix caches", "--radix-cache-backend, --enable-lmcache, --enable-flexkv", "refused",
          "fork points are tested on SGLang's own tree; leave it out",
          _set("radix_cache_backend", "enable_lmcache", "enable_flexkv")),
-    Mode("DeepSeek-V4", "--model-path", "refused",
-         "forks ran on an H200, as near to an empty cache as ordinary reuse; a storm is not run; serve a model with "
-         "full attention", untested=True),
-    Mode("remote KV tier of DeepSeek-V4", "--specgen-kv peer, loopback", "refused",
-         "on an H200 restores of 8k to 128k tokens ran, forks and a storm are not run; use --specgen-kv off",
-         untested=True),
     Mode("other hybrid models (sliding window, Mamba)", "--model-path", "refused",
          "the state of a prefix can't be published at any token; serve a model with full attention"),
     Mode("no tokenizer", "--skip-tokenizer-init", "refused", "triggers and grafts need the text; leave it out",
@@ -164,24 +166,13 @@ def refusals(server_args: Any, environ: Mapping[str, str] = os.environ) -> list[
     return [f"{mode.option}: {mode.why}" for mode in on if not _tried(mode, environ)]
 
 
-def refusal_of(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Why a mode that is told elsewhere is refused, or None when it is not or the operator tries it."""
-    (mode,) = (mode for mode in MODES if mode.name == name)
-    return None if mode.verdict != "refused" or _tried(mode, environ) else f"{mode.option}: {mode.why}"
-
-
-def tree_refusal(
-    tree_cache: Any, is_generation: bool, architecture: str = "", environ: Mapping[str, str] = os.environ
-) -> str | None:
+def tree_refusal(tree_cache: Any, is_generation: bool, architecture: str = "") -> str | None:
     """What only the loaded model tells: why forks cannot run on this scheduler, or None."""
     if not is_generation:
         return "an embedding model does not reason; leave --enable-specgen out"
-    if not (tree_cache.supports_swa() or tree_cache.supports_mamba()):
+    if not (tree_cache.supports_swa() or tree_cache.supports_mamba()) or architecture.startswith("DeepseekV4"):
         return None
-    name = "DeepSeek-V4" if architecture.startswith("DeepseekV4") else "other hybrid models"
-    (mode,) = (mode for mode in MODES if mode.name.startswith(name))
-    if mode.verdict != "refused" or _tried(mode, environ):
-        return None
+    (mode,) = (mode for mode in MODES if mode.name.startswith("other hybrid models"))
     return f"{type(tree_cache).__name__}: {mode.why}"
 
 

@@ -93,19 +93,16 @@ def test_a_mode_that_only_lacks_a_run_can_be_tried_by_its_name() -> None:
     name = "speculative decoding with a chain of drafts (MTP, EAGLE)"
     on = SimpleNamespace(speculative_algorithm="EAGLE", speculative_eagle_topk=1)
     assert len(modes.refusals(on, {})) == 1
-    assert modes.refusals(on, {modes.TRY: f"DeepSeek-V4; {name}"}) == []
+    assert modes.refusals(on, {modes.TRY: f"data parallel; {name}"}) == []
     replicas = SimpleNamespace(speculative_algorithm=None, dp_size=2)
     assert len(modes.refusals(replicas, {modes.TRY: "data parallel"})) == 1
+
+
+def test_of_the_models_with_a_window_deepseek_v4_alone_is_served() -> None:
     tree = SimpleNamespace(supports_swa=lambda: True, supports_mamba=lambda: False)
-    assert modes.tree_refusal(tree, True, "DeepseekV4ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is None
-    assert modes.tree_refusal(tree, True, "Gemma3ForCausalLM", {modes.TRY: "DeepSeek-V4"}) is not None
-
-
-def test_a_mode_that_is_told_elsewhere_is_refused_by_its_verdict_alone() -> None:
-    name = "remote KV tier of DeepSeek-V4"
-    assert "--specgen-kv off" in (modes.refusal_of(name, {}) or "")
-    assert modes.refusal_of(name, {modes.TRY: name}) is None
-    assert modes.refusal_of("chunked prefill", {}) is None
+    assert modes.tree_refusal(tree, True, "DeepseekV4ForCausalLM") is None
+    assert modes.tree_refusal(tree, True, "Gemma3ForCausalLM") is not None
+    assert modes.tree_refusal(tree, False, "DeepseekV4ForCausalLM") is not None
 
 
 def test_a_draft_model_is_served_and_a_models_own_layers_or_other_workers_are_not() -> None:
@@ -113,7 +110,7 @@ def test_a_draft_model_is_served_and_a_models_own_layers_or_other_workers_are_no
     assert modes.refusals(SimpleNamespace(**eagle, speculative_draft_model_path="draft"), {}) == []
     (own,) = modes.refusals(SimpleNamespace(**eagle, speculative_draft_model_path="target"), {})
     assert "MTP layers" in own
-    for name, lines in (("GlmMoeDsaForCausalLM", 0), ("DeepseekV4ForCausalLM", 1), ("DeepseekV3ForCausalLM", 1)):
+    for name, lines in (("GlmMoeDsaForCausalLM", 0), ("DeepseekV4ForCausalLM", 0), ("DeepseekV3ForCausalLM", 1)):
         model = SimpleNamespace(hf_config=SimpleNamespace(architectures=[name]))
         mtp = SimpleNamespace(**eagle, speculative_draft_model_path="target", model_config=model)
         assert len(modes.refusals(mtp, {})) == lines, name

@@ -19,7 +19,6 @@ from specgen_engine.kv.cuda import CudaBackend
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.kv.native import _kv
-from specgen_engine.modes import TRY, refusal_of
 from specgen_engine.tier import dsa, dsv4
 from specgen_engine.tier.base import PageShape, TierError, page_shape
 from specgen_engine.tier.cache import TierRadixCache
@@ -35,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CHUNKS = 4096  # address space that is set aside: 256 GiB in chunks of 64 MiB
 FIRST_LOOK_S = 15.0
-UNTRIED = "remote KV tier of DeepSeek-V4"
 
 dsa.register()
 
@@ -83,8 +81,6 @@ def build_cache(ctx: Any, kv: KvConfig, original: Callable[[Any], Any]) -> Any:
 
 def _build_unified(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], device_pool: Any, stats: Stats) -> Any:
     """DeepSeek-V4: SGLang makes the radix cache as it would, of our class, with an arena for each index space."""
-    if (untried := refusal_of(UNTRIED)) is not None:
-        raise TierError(f"{dsv4.POOL}: {untried}, or {TRY}={UNTRIED!r} to try it")
     if ctx.server_args.hicache_storage_backend is not None:
         raise TierError(
             f"--hicache-storage-backend {ctx.server_args.hicache_storage_backend} with {dsv4.POOL}: files hold pages "

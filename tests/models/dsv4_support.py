@@ -7,7 +7,6 @@ from SGLang's two page allocators.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from specgen_engine.kv.base import Backend
 from specgen_engine.kv.cuda import CudaBackend
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
-from specgen_engine.modes import TRY
 from tests.tier import support  # noqa: F401  (as SGLang's CPU engine is started)
 
 PAGE, WINDOW = 256, 128
@@ -157,9 +155,8 @@ def setting(
     """As a scheduler makes it (tier/build.py), over one lender an entry of `chunks`; on a GPU, another GPU's memory."""
     from sglang.srt.mem_cache.registry import default_radix_cache_factory
 
-    from specgen_engine.tier.build import UNTRIED, build_cache
+    from specgen_engine.tier.build import build_cache
 
-    os.environ[TRY] = UNTRIED
     folder.chmod(0o700)
     lend: Backend = LoopbackBackend() if device == "cpu" else CudaBackend(1)
     own = [Lender(folder, f"lender-{i}", lend, chunk_mib * MIB, count) for i, count in enumerate(chunks)]
@@ -169,7 +166,6 @@ def setting(
     try:
         yield Setting(cache, own)
     finally:
-        del os.environ[TRY]
         for lenders in cache.all_lenders:
             lenders.close()
         for lender in own:
@@ -194,7 +190,8 @@ def context(group: Any, pages: int, window_pages: int, device: str = "cpu", **gi
         extra_metric_labels=None, disable_radix_cache=False, enable_session_radix_cache=False,
     )  # fmt: skip
     vars(server_args).update(given)
-    worker = SimpleNamespace(register_hicache_layer_transfer_counter=lambda _counter: None)
+    runner = SimpleNamespace(forward_stream=None)
+    worker = SimpleNamespace(register_hicache_layer_transfer_counter=lambda _counter: None, model_runner=runner)
     return SimpleNamespace(
         params=params, server_args=server_args, tp_worker=worker, tp_rank=0, tp_size=1, is_hybrid_swa=True,
         is_hybrid_ssm=False, is_dsa=False, enable_hierarchical_cache=True, full_tokens_per_layer=pages * PAGE,

@@ -433,26 +433,18 @@ def test_books_and_bytes_are_right_in_storms_of_losses_deaths_and_prefetches(tmp
 CONTEXT: dict[str, Any] = {"pages": 8, "window_pages": 6}
 
 
-def refusal(group: Any, monkeypatch: pytest.MonkeyPatch, tried: bool = True, **given: Any) -> str:
+def refusal(group: Any, **given: Any) -> str:
     from specgen_engine.config import KvConfig
-    from specgen_engine.modes import TRY
     from specgen_engine.tier.base import TierError
-    from specgen_engine.tier.build import UNTRIED, build_cache
+    from specgen_engine.tier.build import build_cache
 
-    monkeypatch.setenv(TRY, UNTRIED if tried else "")
     with pytest.raises(TierError) as refused:
         build_cache(v4.context(group, **CONTEXT, **given), KvConfig(tier="loopback", chunk_mib=2), pytest.fail)
     return str(refused.value)
 
 
-def test_it_starts_only_where_the_operator_tries_it(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = refusal(group, monkeypatch, tried=False)
-    assert "forks and a storm are not run" in message
-    assert "SPECGEN_TRY_MODES='remote KV tier of DeepSeek-V4'" in message
-
-
-def test_storage_below_it_is_refused(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = refusal(group, monkeypatch, hicache_storage_backend="file")
+def test_storage_below_it_is_refused(group: Any) -> None:
+    message = refusal(group, hicache_storage_backend="file")
     assert "--hicache-storage-backend file with DeepSeekV4TokenToKVPool" in message
     assert message.endswith("leave it out")
 

@@ -6,7 +6,7 @@ SGLang's own kernels need a GPU; in their place are the definitions of what they
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib.metadata
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,11 +143,11 @@ def test_the_indexers_choice_is_put_in_order_where_it_lies() -> None:
 
 
 def parameters_in(package: str, name: str) -> dict[str, list[str]]:
-    """Of a module's functions, by its text: it can't be imported without a GPU."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse((Path(spec.origin).parent / name).read_text())
+    """Of a module's functions, by its text: it can't be imported without a GPU, and CPU servers see a stand-in."""
+    (distribution,) = importlib.metadata.packages_distributions()[package]
+    tree = ast.parse(
+        Path(str(importlib.metadata.distribution(distribution).locate_file(f"{package}/{name}"))).read_text()
+    )
     return {one.name: [each.arg for each in one.args.args] for one in tree.body if isinstance(one, ast.FunctionDef)}
 
 
