@@ -15,6 +15,7 @@ class Search(NamedTuple):
 
     trigger: str
     termination: str
+    fork: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,12 @@ class Configuration:
     early_end: bool = True
     server: str = "tier"
     share: float = 0.0
+    end_repeats: float | None = None
 
     def search(self, criterion: str, sequential_tokens: int | None = None) -> Search:
         """criterion: what ends a reasoning early. Raises SpecGenError when a budget lacks its sequential run."""
         if not self.early_end:
-            return Search(self.trigger, "none")
+            return Search(self.trigger, "none", self._fork())
         termination = criterion
         if self.share:
             if not sequential_tokens:
@@ -43,7 +45,10 @@ class Configuration:
                     f"configuration {self.name}: its budget is a share of sequential's tokens; run that first"
                 )
             termination += f"|budget:tokens={max(1, round(self.share * sequential_tokens))}"
-        return Search(self.trigger, termination)
+        return Search(self.trigger, termination, self._fork())
+
+    def _fork(self) -> dict[str, float] | None:
+        return None if self.end_repeats is None else {"end_repeats": self.end_repeats}
 
 
 SEQUENTIAL = "sequential"
@@ -54,6 +59,14 @@ CONFIGURATIONS = {
         Configuration("specgen", "forks, evaluation beside the reasoning, early end"),
         Configuration("adaptive", "specgen with the trigger that learns", trigger="adaptive"),
         Configuration("no-early-end", "specgen, the reasoning runs to its end", early_end=False),
+        # What of it a replay alone can gain, its forks being one recording's, is the second's share beyond the first's.
+        Configuration("new-code", "specgen, forks only behind new code", trigger=f"{DEFAULT_TRIGGER}:new=code"),
+        Configuration(
+            "new-code-no-repeats",
+            "the same, and forks that repeat an earlier one ended",
+            trigger=f"{DEFAULT_TRIGGER}:new=code",
+            end_repeats=0.0,
+        ),
         Configuration("every-400", "specgen with a fixed trigger", trigger="every:400"),
         Configuration("every-1600", "specgen with a fixed trigger", trigger="every:1600"),
         # Dynasor's way: the stream stops, the model is asked, the stream goes on; verdicts are not waited for.

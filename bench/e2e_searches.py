@@ -122,7 +122,7 @@ async def _play(
 async def play_one(client: AsyncOpenAI, play: Play, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
     """One chat request, as an agent sends it."""
     started = time.monotonic()
-    request = chat_request(play.trace, play.iteration, *play.search, max_tokens)
+    request = chat_request(play.trace, play.iteration, *play.search[:2], max_tokens, play.search.fork)
     answer = await client.chat.completions.create(**request)
     client_s = time.monotonic() - started
     return row_of(play, answer.model_dump()["sglext"]["specgen"], client_s)

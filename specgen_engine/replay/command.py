@@ -118,9 +118,14 @@ def play_iteration(trace: Trace, iteration: Iteration, options: ReplayOptions, s
 
 
 def chat_request(
-    trace: Trace, iteration: Iteration, trigger: str, termination: str, max_tokens: int = MAX_TOKENS
+    trace: Trace,
+    iteration: Iteration,
+    trigger: str,
+    termination: str,
+    max_tokens: int = MAX_TOKENS,
+    fork: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the openai client is given to replay an iteration, as an agent would send it."""
+    """What the openai client is given to replay an iteration, as an agent would send it; fork: the request's own."""
     prompt = f"Write a faster module ModelNew with the same results as Model.\n\n```python\n{trace.task_source}\n```\n"
     asked = {
         "task": trace.task_source,
@@ -129,6 +134,7 @@ def chat_request(
         "trigger": trigger,
         "termination": termination,
     }
+    asked |= {"fork": fork} if fork else {}
     return {
         "model": "default",
         "messages": [{"role": "user", "content": prompt}],

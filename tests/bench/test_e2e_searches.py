@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from openai import BadRequestError
 
 from bench import e2e_searches
-from bench.e2e_searches import Limits
+from bench.e2e_configurations import CONFIGURATIONS
+from bench.e2e_searches import Limits, Play
 
 REFUSED = BadRequestError(
     "custom_params.specgen.task: no memory",
@@ -49,3 +51,23 @@ def test_a_search_that_the_server_refuses_costs_its_own_chain_only() -> None:
 def test_a_fault_of_the_bench_ends_it() -> None:
     with pytest.raises(ZeroDivisionError):
         phase([["a1"], ["b1"]], {"a1": ZeroDivisionError()})
+
+
+def test_a_search_asks_for_what_its_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[dict[str, Any]]()
+
+    async def create(**request: Any) -> Any:
+        asked.append(json.loads(request["extra_body"]["custom_params"]["specgen"]))
+        return SimpleNamespace(model_dump=lambda: {"sglext": {"specgen": {}}})
+
+    monkeypatch.setattr(e2e_searches, "row_of", lambda play, record, seconds: {})
+    client: Any = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    trace: Any = SimpleNamespace(task_source="class Model: ...", name="t")
+    for name in ("new-code-no-repeats", "specgen"):
+        search = CONFIGURATIONS[name].search("speedup:1.5")
+        asyncio.run(e2e_searches.play_one(client, Play(trace, SimpleNamespace(number=2), search)))  # type: ignore[arg-type]
+    assert asked[0] == {
+        "task": "class Model: ...", "name": "t", "iteration": 2, "trigger": "paragraph:min=800:new=code",
+        "termination": "speedup:1.5", "fork": {"end_repeats": 0.0},
+    }  # fmt: skip
+    assert "fork" not in asked[1]

@@ -167,6 +167,9 @@ def test_configurations_share_servers_and_a_budget_needs_sequential() -> None:
     names = [one.name for one in chosen(["pause-and-probe", "specgen", "sequential"])]
     assert names == ["sequential", "specgen", "pause-and-probe"]
     assert CONFIGURATIONS["budget-50"].search("speedup:1.5", 1001).termination == "speedup:1.5|budget:tokens=500"
+    assert CONFIGURATIONS["specgen"].search("correct") == ("paragraph:min=800", "correct", None)
+    ended = CONFIGURATIONS["new-code-no-repeats"].search("correct")
+    assert ended == ("paragraph:min=800:new=code", "correct", {"end_repeats": 0.0})
     with pytest.raises(SpecGenError, match="run that first"):
         CONFIGURATIONS["budget-50"].search("speedup:1.5")
     assert server_arguments("host", "peer") == ["--specgen-kv", "host"]
