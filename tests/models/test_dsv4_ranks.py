@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.models.dsv4_ranks import ROUNDS
 from tests.tier import support  # noqa: F401  (skips where a release has no tier)
+from tests.tier.forked_ranks import ranks_environment
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_trees_and_indices_stay_the_same_in_storms_of_losses_deaths_and_prefetches(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "tests.models.dsv4_ranks", "2", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ranks_environment(), cwd=ROOT, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for seen in ranks[0]["storms"]:
