@@ -416,10 +416,7 @@ def write_json(options: argparse.Namespace, rows: list, lines: list, runs: list,
     report["rows"], report["summary"], report["skipped"] = rows, lines, skipped
     report["harvest"], report["runs"] = harvest, runs
     path = Path(options.json)
-    write_report(path, report)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(markdown(report))
-    os.replace(part, path.with_suffix(".md"))
+    write_report(path, report, markdown(report))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -316,22 +315,28 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(
+    name: str, reported: Callable[[], tuple[dict[str, Any], str | None]], markdown: Callable[[dict[str, Any]], str]
+) -> int:
+    """A bench's exit status: its report printed and, where a file is named, written; or what was asked wrongly."""
     try:
-        options = parse_arguments(arguments)
-        report = report_of(options)
+        report, path = reported()
     except (UsageError, TraceError, ValueError) as error:
-        print(f"bench.policies_repeats: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     text = markdown(report)
     print(text)
-    if options.json:
-        path = Path(options.json)
-        write_report(path, report)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text)
-        os.replace(part, path.with_suffix(".md"))
+    if path:
+        write_report(Path(path), report, text)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    def report() -> tuple[dict[str, Any], str | None]:
+        options = parse_arguments(arguments)
+        return report_of(options), options.json
+
+    return run("bench.policies_repeats", report, markdown)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ mark's, as a model does that never repeats itself; then nothing is ended as a re
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,15 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import policies
-from bench.machine import new_report, write_report
-from bench.policies_repeats import READINGS, Player, Rule, learnt, never, said_in, texts_by_subject
+from bench.machine import new_report
+from bench.policies_repeats import READINGS, Player, Rule, learnt, never, run, said_in, texts_by_subject
 from bench.policies_table import table
 from bench.recordings import Subject, UsageError, tokenizer
 from bench.virtual_time import Answer, Machine, Outcome, Recording, run_search, sequential
 from specgen_engine.controller.repeats import Evidence
 from specgen_engine.controller.termination import Speedup
 from specgen_engine.controller.triggers import fire_points, parse_trigger
-from specgen_engine.replay.trace import TraceError, load_traces
+from specgen_engine.replay.trace import load_traces
 
 SCHEMA = "specgen.policies_verdicts/1"
 TRIGGERS = tuple(f"paragraph:min={least}{new}" for least in (800, 600, 1000, 1200) for new in ("", ":new=code"))
@@ -234,21 +233,11 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
+    def report() -> tuple[dict[str, Any], str | None]:
         options = parse_arguments(arguments)
-        report = report_of(options)
-    except (UsageError, TraceError, ValueError) as error:
-        print(f"bench.policies_verdicts: {error}", file=sys.stderr)
-        return 2
-    text = markdown(report)
-    print(text)
-    if options.json:
-        path = Path(options.json)
-        write_report(path, report)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text)
-        os.replace(part, path.with_suffix(".md"))
-    return 0
+        return report_of(options), options.json
+
+    return run("bench.policies_verdicts", report, markdown)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def new_report(schema: str, seed: int | None, module: str | None = None) -> dict
     }
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
+def write_report(path: Path, report: dict[str, Any], text: str = "") -> None:
+    """Write JSON whole or not at all; text: the same in Markdown, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as target:
         try:
@@ -127,3 +127,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             raise
     os.chmod(target.name, 0o644)
     os.replace(target.name, path)
+    if text:
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text)
+        os.replace(part, path.with_suffix(".md"))
