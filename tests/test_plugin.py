@@ -27,25 +27,58 @@ prepare_server_args({arguments!r})
 print(json.dumps(sorted(HookRegistry._patched)))
 """
 
+FORKS = """
+import json, os, sys
+import sglang.srt.plugins, sglang.srt.server_args
+codes = {}
+for name, code in json.loads(sys.argv[2]).items():
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{sys.argv[1]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        exec(code)
+        sys.exit(0)
+    codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(codes))
+"""
+
 
 def hooks(process: str) -> set[str]:
     return {hook.target for hook in plugin.HOOKS if hook.process == process}
 
 
-def start_with(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """A process that reads its arguments as launch_server does, and prints the targets that are hooked then."""
-    launch = prepare(["--tiny"])
-    words = [word for word in launch.arguments if word != "--enable-specgen"] + arguments
-    code = START.format(arguments=words)
+def program(*arguments: str) -> str:
+    """Reads its arguments as launch_server does, and prints the targets that are hooked then."""
+    words = [word for word in prepare(["--tiny"]).arguments if word != "--enable-specgen"]
+    return START.format(arguments=[*words, *arguments])
+
+
+def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = prepare(["--tiny"]).environment
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=launch.environment
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=240, env=environment
     )
 
 
-def started(*arguments: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """One process each, side by side: each imports SGLang for 20 s."""
+Started = dict[str, subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """One with the flag from an interpreter of its own, beside it three that share one import of SGLang, of 20 s."""
+    folder = tmp_path_factory.mktemp("started")
+    programs = {
+        "without": program(),
+        "settings": program("--specgen-trigger", "fence"),
+        "refused": program("--enable-specgen", "--disable-radix-cache"),
+    }
     with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(start_with, arguments))
+        forks = threads.submit(run, FORKS, str(folder), json.dumps(programs))
+        with_it = threads.submit(run, program("--enable-specgen"))
+        codes = json.loads(forks.result().stdout)
+    outputs = {name: [(folder / f"{name}.{stream}").read_text() for stream in (1, 2)] for name in programs}
+    done = {name: subprocess.CompletedProcess([], codes[name], *outputs[name]) for name in programs}
+    return {**done, "with it": with_it.result()}
 
 
 def active_after(done: subprocess.CompletedProcess[str]) -> set[str]:
@@ -115,13 +148,11 @@ def test_a_stray_variable_does_not_activate_a_process(monkeypatch: pytest.Monkey
     assert not plugin._inside_active_server()
 
 
-def test_without_the_flag_only_the_argument_hooks_are_active_and_with_it_all() -> None:
-    without, with_it = started([], ["--enable-specgen"])
-    assert active_after(without) == hooks("arguments")
-    assert active_after(with_it) == {hook.target for hook in plugin.HOOKS}
+def test_without_the_flag_only_the_argument_hooks_are_active_and_with_it_all(started: Started) -> None:
+    assert active_after(started["without"]) == hooks("arguments")
+    assert active_after(started["with it"]) == {hook.target for hook in plugin.HOOKS}
 
 
-def test_settings_without_the_flag_and_refused_modes_stop_start_up() -> None:
-    without, refused = started(["--specgen-trigger", "fence"], ["--enable-specgen", "--disable-radix-cache"])
-    assert "--specgen-trigger needs --enable-specgen" in refusal(without)
-    assert "--disable-radix-cache: fork points live" in refusal(refused)
+def test_settings_without_the_flag_and_refused_modes_stop_start_up(started: Started) -> None:
+    assert "--specgen-trigger needs --enable-specgen" in refusal(started["settings"])
+    assert "--disable-radix-cache: fork points live" in refusal(started["refused"])
