@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -26,8 +27,15 @@ KEPT_BYTES, LARGEST_KEPT_BYTES = 1 << 30, 32 << 20
 
 
 def main() -> None:
-    """Import everything that forked children need, then serve."""
-    fd, device, cache, scratch, limits = sys.argv[1:6]
+    """Import everything that forked children need, then serve. The scratch folder goes with the process: a pool that
+    was killed can't remove it."""
+    try:
+        serve(*sys.argv[1:6], builds=sys.argv[6:] == ["build"])
+    finally:
+        shutil.rmtree(sys.argv[4], ignore_errors=True)
+
+
+def serve(fd: str, device: str, cache: str, scratch: str, limits: str, *, builds: bool) -> None:
     children.become_subreaper()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import_for_children(device)
@@ -46,7 +54,7 @@ def main() -> None:
         link.send({"fatal": "CUDA was initialised in the worker before it forked: its children can't use the GPU"})
         return
     try:
-        kind = Builder if sys.argv[6:] == ["build"] else Worker
+        kind = Builder if builds else Worker
         worker = kind(link, device, EvaluationLimits(**json.loads(limits)), Path(cache), Path(scratch))
     except SandboxError as error:
         link.send({"fatal": str(error)})
