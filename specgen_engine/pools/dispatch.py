@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..evaluation.base import Stage, Status, Verdict
+from ..evaluation.limits import EvaluationLimits
 from .accounting import Outcome
 from .base import (
     BUSY_STAGES,
@@ -52,6 +53,7 @@ CANCEL_S = 5.0
 """A running job that was cancelled and does not end within it has its slot killed."""
 EXPECTED_S = 5.0
 EXPECT_S = 0.1
+KEPT_TASKS = EvaluationLimits().judges
 """How often at most a backend is told what comes."""
 TRIES = 2
 
@@ -104,7 +106,7 @@ class Dispatcher:
         self.life = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count(1)
         self._evaluators: dict[int, _Slot] = {}
-        self._tasks_at: dict[int, str] = {}  # the task whose reference a slot has at hand
+        self._tasks_at: dict[int, list[str]] = {}  # those whose references a slot has at hand, the latest last
         self._sandbox = ""
         self._up = asyncio.Event()
         self._hopeless = asyncio.Event()
@@ -297,16 +299,23 @@ class Dispatcher:
             self._again = True
             return
         job.attempt = attempt
-        self._tasks_at[number] = job.order.task.hash
+        self._note_task(number, job.order.task.hash)
         op, order = STAGES[job.order.stage].op, job.order
         self.backend.run(
             number, Work(job.id, attempt, op, order.task, order.candidate, assignment.quiet_s, order.options)
         )
 
     def _place(self, job: JobView, idle: list[int]) -> int | None:
-        """An idle slot that has the task's reference at hand."""
+        """An idle slot that has the task's reference at hand, else the first that would forget none for it."""
         wanted = self.ledger.jobs[job.id].order.task.hash
-        return next((slot for slot in idle if self._tasks_at.get(slot) == wanted), None)
+        having = (slot for slot in idle if wanted in self._tasks_at.get(slot, ()))
+        with_room = (slot for slot in idle if len(self._tasks_at.get(slot, ())) < KEPT_TASKS)
+        return next(itertools.chain(having, with_room), None)
+
+    def _note_task(self, number: int, task: str) -> None:
+        """A worker keeps the references of its latest tasks; on a GPU another costs it a CUDA context."""
+        others = [one for one in self._tasks_at.get(number, ()) if one != task]
+        self._tasks_at[number] = [*others, task][-KEPT_TASKS:]
 
     # -- jobs begin and end ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from specgen_engine.evaluation.base import Candidate, Stage, Status, Verdict
+from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
 from specgen_engine.pools import dispatch
 from specgen_engine.pools.accounting import Outcome, Spent
 from specgen_engine.pools.base import Done, Event, NoSlot, Reached, SlotDown, SlotUp, Switched, Work
@@ -282,6 +282,34 @@ def test_the_check_of_a_reference_comes_before_everything_and_is_not_a_job() -> 
         script.done(0)
         assert all([(await job.verdict()).status is Status.WRONG for job in jobs])
         assert driver.snapshot()["finished"] == {"wrong": 3}
+
+    on_driver(use)
+
+
+def test_a_job_goes_where_its_tasks_reference_is_among_the_latest_three() -> None:
+    tasks = [Task(f"{TASK.source}# {number}\n", f"t{number}") for number in range(5)]
+
+    async def use(driver: Driver, script: Script) -> None:
+        async def one(number: int) -> int:
+            """The slot that judged a candidate of that task."""
+            script.work.clear()
+            job = driver.submit(tasks[number], Candidate(f"{number} {len(script.asked)}"), search="s")
+            (slot,) = script.work
+            script.done(slot)
+            await job.verdict()
+            return slot
+
+        script.up(0)
+        assert [await one(number) for number in range(3)] == [0, 0, 0]
+        script.up(1)
+        assert await one(0) == 0
+        assert await one(3) == 1, "the other would forget a reference for it"
+        assert [await one(number) for number in (0, 3, 2, 1)] == [0, 1, 0, 0]
+        assert await one(4) == 1, "though the other rested last"
+        script.down(1)
+        assert await one(4) == 0, "which forgets 0"
+        script.up(2)
+        assert [await one(number) for number in (2, 0, 4)] == [0, 2, 0]
 
     on_driver(use)
 
