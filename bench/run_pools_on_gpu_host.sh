@@ -2,7 +2,8 @@
 # On a host with two GPUs or more, without this project installed: first what KV copies do to a timed kernel
 # (bench/elastic_copies.py, about 30 s), then one recorded burst live under elastic, every static split and FIFO, and the
 # same burst simulated (bench/elastic_live.py).
-#   bash bench/pack_evaluation.sh PACK TRACES "" SITE        here; SITE: a folder that holds simpy and anyio
+#   bash bench/pack_evaluation.sh PACK TRACES "" SITE EXTENSION    here; SITE: a folder that holds simpy and anyio,
+#                                                                  EXTENSION: _kv*.so for the host's Python
 #   OUT=DIR bash PACK/src/bench/run_pools_on_gpu_host.sh PACK [SECONDS]      there; 150 s for all by default
 # The host needs Python with torch, triton, pydantic and psutil. DEVICES, COUNT, BURSTS, GAP_S, ONLY: as
 # bench.elastic --live takes them; DEVICES=cuda:0,cuda:1,cuda:0,cuda:1 has two workers a GPU and is not simulated.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,7 +27,24 @@ def test_without_a_gpu_it_is_skipped(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == "skipped: needs a GPU\n"
 
 
-def test_a_turn_without_calls_is_refused(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--repeats", "0"], "--repeats 0: use a number above 0"),
+        (["--seconds", "5"], "--seconds 5: a lease lasts 5 s at most; use less"),
+    ],
+)
+def test_turns_that_say_nothing_are_refused(words: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
-        elastic_copies.main(["--repeats", "0"])
-    assert "--repeats 0: use a number above 0" in capsys.readouterr().err
+        elastic_copies.main(words)
+    assert says in capsys.readouterr().err
+
+
+def test_a_lease_keeps_copies_off_for_as_long_as_it_is_held(tmp_path: Path) -> None:
+    report = tmp_path / "copies.json"
+    assert elastic_copies.main(f"--device cpu --seconds 0.5 --mib 4 --json {report}".split()) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert list(rows) == list(elastic_copies.TURNS)
+    assert rows["copies"]["copied_gbps"] > 0.1
+    assert rows[elastic_copies.LEASE]["reached"] is True
+    assert [rows[turn]["copied_gbps"] for turn in elastic_copies.TURNS if turn != "copies"] == [0.0, 0.0, 0.0]
