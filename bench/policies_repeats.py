@@ -285,6 +285,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.tokens_per_s < 1e6:
         raise UsageError(f"--tokens-per-s {options.tokens_per_s:g}: must be above 0")
+    return checked(options)
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    """The same. Raises UsageError for a --json that can't be written, ValueError for a trigger that is none."""
     if options.json and not Path(options.json).resolve().parent.is_dir():
         raise UsageError(f"--json {options.json}: its folder doesn't exist; make it first")
     for spec in options.triggers:

@@ -14,12 +14,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import policies
 from bench.machine import new_report
-from bench.policies_repeats import READINGS, Player, Rule, learnt, never, run, said_in, texts_by_subject
+from bench.policies_repeats import READINGS, Player, Rule, checked, learnt, never, run, said_in, texts_by_subject
 from bench.policies_table import table
 from bench.recordings import Subject, UsageError, tokenizer
 from bench.virtual_time import Answer, Machine, Outcome, Recording, run_search, sequential
@@ -205,11 +204,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.target < 1e5:
         raise UsageError(f"--target {options.target:g}: must be above 0")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its folder doesn't exist; make it first")
-    for spec in options.triggers:
-        parse_trigger(spec, "--triggers")
-    return options
+    return checked(options)
 
 
 def report_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Evaluation(Timed):
             build.keep()
         with self.stage(Stage.CHECK):
             self._check()
-        with self.step("spare"):
+        with self.step("spare"):  # none, unless a cancelled evaluation left one on its way
             worker.await_warm(heed_cancel=True)
         if worker.on_gpu:
             self.waited_s += self.gpu.alone()
