@@ -29,12 +29,16 @@ def enable() -> None:
     from sglang.kernels.ops.attention.dsv4.dequant_k_cache import dequantize_k_cache_paged
     from sglang.srt.layers.attention.deepseek_v4_backend import DSV4AttnMetadata
     from sglang.srt.layers.attention.dsv4.indexer import C4IndexerBackendMixin
+    from sglang.srt.models import deepseek_v4
+    from sglang.srt.models.deepseek_v2 import MoEGate
 
     if getattr(C4IndexerBackendMixin.forward_c4_indexer, "__wrapped__", None) is not None:
         return
     flash_mla.flash_mla_with_kvcache = each_token_apart(flash_mla.flash_mla_sparse_fwd, dequantize_k_cache_paged)
     DSV4AttnMetadata.init_flashmla_related = with_positions(DSV4AttnMetadata.init_flashmla_related)
     C4IndexerBackendMixin.forward_c4_indexer = in_order(C4IndexerBackendMixin.forward_c4_indexer)
+    MoEGate.forward = in_float32(MoEGate.forward)
+    deepseek_v4.compile_in_capture_mode = as_it_is
 
 
 def with_positions(original: Callable[..., None]) -> Callable[..., None]:
@@ -57,6 +61,22 @@ def in_order(original: Callable[..., None]) -> Callable[..., None]:
 
     forward_c4_indexer.__wrapped__ = original  # type: ignore[attr-defined]
     return forward_c4_indexer
+
+
+def in_float32(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Around MoEGate.forward, whose deterministic path returns bfloat16, which the kernel that takes experts by a
+    token's hash refuses: the same logits as float32."""
+
+    def forward(gate: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(gate, *args, **kwargs).float()
+
+    return forward
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For compile_in_capture_mode, by which decoding alone mixes the residual streams in a compiled kernel, whose sums
+    round otherwise than prefill's operators do."""
+    return function
 
 
 def by_position(slots: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from specgen_engine.models import invariant, invariant_dsv4
-from specgen_engine.models.invariant_dsv4 import by_position, each_token_apart, in_order, padded
+from specgen_engine.models.invariant_dsv4 import as_it_is, by_position, each_token_apart, in_float32, in_order, padded
 
 HEADS, WIDTH, PAGE, PAGES = 2, 8, 4, 6
 
@@ -140,6 +140,29 @@ def test_the_indexers_choice_is_put_in_order_where_it_lies() -> None:
 
     in_order(indexer)(SimpleNamespace(forward_metadata=SimpleNamespace(core_attn_metadata=chosen)), "x", q_lora="q")
     assert slots.tolist() == [[10, 20, 30]]
+
+
+def test_router_logits_are_float32_in_the_deterministic_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that takes experts by a token's hash refuses others (seen on an H200)."""
+    deepseek_v2 = pytest.importorskip("sglang.srt.models.deepseek_v2")
+    gate = SimpleNamespace(weight=torch.ones(4, 8, dtype=torch.bfloat16))
+    deterministic = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=True))
+    monkeypatch.setattr(deepseek_v2, "get_exec", lambda: deterministic)
+    monkeypatch.setattr(deepseek_v2, "use_intel_amx_backend", lambda _: False)
+    hidden = torch.ones(3, 8, dtype=torch.bfloat16)
+    assert deepseek_v2.MoEGate.forward(gate, hidden).dtype == torch.bfloat16
+    logits = in_float32(deepseek_v2.MoEGate.forward)(gate, hidden)
+    assert logits.dtype == torch.float32
+    assert logits.tolist() == [[8.0] * 4] * 3
+
+
+def test_decoding_compiles_nothing_that_prefill_does_not() -> None:
+    """SGLang asks by the name that is replaced, each time, in the module where it is replaced."""
+    text = Path(
+        str(importlib.metadata.distribution("sglang").locate_file("sglang/srt/models/deepseek_v4.py"))
+    ).read_text()
+    assert text.count("@compile_in_capture_mode") == 2
+    assert as_it_is(asked) is asked
 
 
 def parameters_in(package: str, name: str) -> dict[str, list[str]]:
