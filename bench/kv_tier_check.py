@@ -9,6 +9,11 @@ evicted meanwhile, in the second one's tier. Shapes are the same, so tokens must
 takes chunks back: what is lost is computed again, in another shape, so that tokens may differ by rounding; how many did
 is reported, and no request may fail. The servers are on GPU 0, the lender on the next where there is one; each row says
 which.
+
+The first backend's answers with the tier off are compared with every backend's with the tier. FlashInfer's kernels take
+no float32, and in SGLang's deterministic mode its radix cache is off; so it is float16 with float32 logits, and where
+two backends part, the row says how far ahead the first one's token was (a tie: less than rounding moves it). Weights
+are those of specgen_engine/models/weights.py: `changed` says how many answers one other token in the prefix changes.
 """
 
 from __future__ import annotations
@@ -22,41 +27,67 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.kv_tier_client import Client, random_ids
+from bench.kv_tier_client import Answer, Client, random_ids
 from bench.kv_tier_servers import GPU_ARGUMENTS, LenderProcess, Options, gpu_beside, lender
 from bench.machine import new_report, write_report
 from specgen_engine.errors import SpecGenError
+from specgen_engine.models.weights import SCALED, SWITCH
 from specgen_engine.serving.process import running_server
 
 PROMPTS, LENGTH, TOKENS = 16, 1_000, 32
 SMALL_POOL, LARGE_POOL = 4_096, 40_960
+PRECISION = ("--dtype", "float16", "--enable-fp32-lm-head")
 
 
 def start(stack: ExitStack, options: Options, name: str, pool: int, arguments: list[str]) -> Client:
-    words = ["--enable-specgen", "--model-path", str(options.model), *GPU_ARGUMENTS, *arguments]
+    words = ["--enable-specgen", "--model-path", str(options.model), *GPU_ARGUMENTS, *PRECISION, *arguments]
     words += ["--attention-backend", options.attention_backend, "--max-total-tokens", str(pool)]
     log = options.logs / f"check_{options.attention_backend}_{name}.log"
-    server = stack.enter_context(running_server(words, log, dict(os.environ), timeout_s=280))
+    server = stack.enter_context(running_server(words, log, {**os.environ, SWITCH: SCALED}, timeout_s=280))
     return Client(server.url, 0)
 
 
-def answers_of(client: Client) -> tuple[list[list[int]], int, int]:
-    """(tokens of every prompt with its suffix, prefix tokens from the own cache, from the tier)."""
+def answers_of(client: Client) -> list[Answer]:
+    """Every prompt with a suffix, after all prompts were computed once."""
     prompts = [random_ids(500 + i, LENGTH) for i in range(PROMPTS)]
     for prompt in prompts:
         client.ask(prompt)
-    answers = [client.ask(prompt, TOKENS) for prompt in prompts]
-    return [one.ids for one in answers], sum(one.device for one in answers), sum(one.tier for one in answers)
+    return [client.ask(prompt, TOKENS, leads=True) for prompt in prompts]
 
 
-def revoked(client: Client, peer: LenderProcess, expected: list[list[int]]) -> dict[str, Any]:
+def changed_by_a_token(client: Client, expected: list[Answer]) -> int:
+    """How many answers are others when one token in the middle of the prefix is: what equal answers are worth."""
+    changed = 0
+    for number, wanted in enumerate(expected):
+        prompt = random_ids(500 + number, LENGTH)
+        prompt[LENGTH // 2] += 1
+        changed += client.ask(prompt, TOKENS, suffix=PROMPTS + number + 1).ids != wanted.ids
+    return changed
+
+
+def compared(first: list[Answer], found: list[Answer]) -> dict[str, Any]:
+    """Answers that are equal; of the others, by how much the first one's token led where they part."""
+    leads = []
+    for one, other in zip(first, found, strict=True):
+        parted = [at for at, (a, b) in enumerate(zip(one.ids, other.ids, strict=True)) if a != b]
+        if parted:
+            leads.append(round(one.leads[parted[0]], 6))
+    every = sorted(lead for one in first for lead in one.leads)
+    return {
+        "equal": len(first) - len(leads),
+        "leads_where_parted": leads,
+        "lead_median": every[len(every) // 2] if every else None,
+    }
+
+
+def revoked(client: Client, peer: LenderProcess, expected: list[Answer]) -> dict[str, Any]:
     """The same prompts while a quarter of the chunks goes back before every third."""
     chunks, equal = 0, 0
     for number, wanted in enumerate(expected):
         if number % 3 == 0:
             for epoch in peer.tell("epochs").values():
                 chunks += peer.tell(f"revoke {epoch} 64 0.05")["chunks"]
-        equal += client.ask(random_ids(500 + number, LENGTH), TOKENS, suffix=PROMPTS + number + 1).ids == wanted
+        equal += client.ask(random_ids(500 + number, LENGTH), TOKENS, suffix=PROMPTS + number + 1).ids == wanted.ids
     return {"answered": len(expected), "equal": equal, "chunks": chunks, "state": client.tier_state()}
 
 
@@ -74,17 +105,16 @@ def check(options: Options, wait_for: Path | None) -> dict[str, Any]:
             plain.result(), remote.result()
             while wait_for is not None and not wait_for.exists():
                 time.sleep(0.2)
-            expected, own, _ = answers_of(plain.result())
-            found, device, restored = answers_of(remote.result())
+            expected, found = answers_of(plain.result()), answers_of(remote.result())
             row["state"] = remote.result().tier_state()
             row["under_revocation"] = revoked(remote.result(), peer, expected)
-    same = sum(a == b for a, b in zip(expected, found, strict=True))
+            row["changed"] = changed_by_a_token(plain.result(), expected)
     return row | {
-        "equal": same,
-        "own_cache_tokens": own,
-        "device_tokens": device,
-        "tier_tokens": restored,
-        "ids": expected,
+        "equal": compared(expected, found)["equal"],
+        "own_cache_tokens": sum(one.device for one in expected),
+        "device_tokens": sum(one.device for one in found),
+        "tier_tokens": sum(one.tier for one in found),
+        "answers": (expected, found),
     }
 
 
@@ -102,16 +132,15 @@ def main() -> int:
     report = new_report("specgen.kv_tier_check/1", 500) | {"rows": []}
     options = [Options(args.model, "peer", name, 0, args.logs) for name in args.attention_backend]
     with ThreadPoolExecutor(len(options)) as threads:
+        first: list[Answer] | None = None
         for row in threads.map(attempt, options, [args.wait_for] * len(options)):
+            answers = row.pop("answers", None)
+            if answers is not None:
+                first = first or answers[0]
+                row["to_first_backend"] = compared(first, answers[1])
             report["rows"].append(row)
             write_report(args.json, report)
-    first = report["rows"][0].get("ids")
-    for row in report["rows"]:
-        ids = row.pop("ids", None)
-        if ids is not None and first is not None:
-            row["equal_to_first_backend"] = sum(a == b for a, b in zip(first, ids, strict=True))
-        print(row, flush=True)
-    write_report(args.json, report)
+            print(row, flush=True)
     return 0 if all(row.get("equal") == PROMPTS for row in report["rows"]) else 1
 
 

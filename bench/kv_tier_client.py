@@ -23,12 +23,16 @@ METRICS = (
 
 
 class Answer(NamedTuple):
-    """`seconds` from sending to the answer's end; `device` and `tier`: prompt tokens by where their KV was."""
+    """`seconds` from sending to the answer's end; `device` and `tier`: prompt tokens by where their KV was.
+
+    leads: by how much each token's log-probability is above the next best one's, where that was asked for.
+    """
 
     seconds: float
     ids: list[int]
     device: int
     tier: int
+    leads: tuple[float, ...] = ()
 
 
 class Loads(NamedTuple):
@@ -97,20 +101,24 @@ class Client:
         self._suffix = 0
         self._http = httpx.Client(timeout=600)
 
-    def ask(self, prefix: list[int], tokens: int = 1, suffix: int | None = None) -> Answer:
+    def ask(self, prefix: list[int], tokens: int = 1, suffix: int | None = None, leads: bool = False) -> Answer:
         """Greedy, with a suffix of its own unless its number is given. Raises SpecGenError when the server refuses."""
         self._suffix += 1
         ids = prefix + random_ids(10**6 + (self._suffix if suffix is None else suffix), SUFFIX)
-        body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}}
+        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": leads, "top_logprobs_num": 2 * leads}
         start = time.perf_counter()
         response = self._http.post(f"{self.url}/generate", json=body)
         seconds = time.perf_counter() - start
         if not response.is_success:
             raise SpecGenError(f"{self.url}: {response.status_code} {response.text[:300]}")
         answer = response.json()
-        details = answer["meta_info"].get("cached_tokens_details") or {}
-        device = details.get("device", answer["meta_info"].get("cached_tokens", 0))
-        return Answer(seconds, answer["output_ids"], device, details.get("host", 0))
+        about = answer["meta_info"]
+        details = about.get("cached_tokens_details") or {}
+        device = details.get("device", about.get("cached_tokens", 0))
+        best = about["output_top_logprobs"] if leads else ()
+        ahead = tuple(first[0] - second[0] for first, second in best)
+        return Answer(seconds, answer["output_ids"], device, details.get("host", 0), ahead)
 
     def ask_all(self, prefixes: list[list[int]]) -> tuple[list[Answer], float]:
         """At once; (answers, seconds until the last)."""

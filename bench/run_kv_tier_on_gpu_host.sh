@@ -39,7 +39,7 @@ on check && timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier_check --json "$OU
     --attention-backend triton --logs "$logs" >"$logs/check.log" 2>&1 &
 check=$!
 on flashinfer && timeout -k 5 $((BENCH_S + LAST_S)) "$PYTHON" -m bench.kv_tier_check --json "$OUT/kv_tier_flashinfer.json" \
-    --model "$CARRY/small" --attention-backend flashinfer --logs "$logs" --wait-for "$logs/measured" >"$logs/flashinfer.log" 2>&1 &
+    --model "$CARRY/small" --attention-backend triton flashinfer --logs "$logs" --wait-for "$logs/measured" >"$logs/flashinfer.log" 2>&1 &
 last=$!
 on bench && timeout -k 5 "$BENCH_S" "$PYTHON" -m bench.kv_tier --json "$OUT/kv_tier.json" --plot "$OUT/kv_tier.png" --model "$CARRY/qwen3-8b" \
     --attention-backend "$ATTENTION" --budget-s $((BENCH_S - 10)) --longest "$LONGEST" --measure $MEASURE --logs "$logs" --wait-for-pids $tests $check >"$logs/bench.log" 2>&1

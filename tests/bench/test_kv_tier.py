@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from bench.kv_tier import Bench, run
-from bench.kv_tier_client import SUFFIX, Client
+from bench.kv_tier_check import compared
+from bench.kv_tier_client import SUFFIX, Answer, Client
 from bench.kv_tier_decode import measure_under_decode
 from bench.kv_tier_measure import Plan, alone_prefixes, measure_alone, measure_at_once
 from bench.kv_tier_plot import plot
@@ -226,3 +227,10 @@ def test_the_lender_takes_a_gpu_that_does_not_serve_where_there_is_one(
     for name, value in {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": gpus}.items():
         monkeypatch.setattr(f"pynvml.{name}", lambda value=value: value)
     assert gpu_beside(serving) == lender
+
+
+def test_answers_of_two_backends_part_where_the_first_ones_token_led_least() -> None:
+    first = [Answer(0.0, [1, 2, 3], 0, 0, (0.5, 0.25, 0.75)), Answer(0.0, [4, 5, 6], 0, 0, (0.5, 0.001, 0.25))]
+    found = [first[0]._replace(leads=()), Answer(0.0, [4, 7, 8], 0, 0)]
+    assert compared(first, found) == {"equal": 1, "leads_where_parted": [0.001], "lead_median": 0.5}
+    assert compared(first, first)["leads_where_parted"] == []
