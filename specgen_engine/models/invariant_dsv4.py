@@ -108,8 +108,7 @@ def each_token_apart(sparse_attention: Attend, dequantize: Dequantize) -> Attend
             kv = [dequantized(cache, each[chunk], dequantize) for (cache, *_), each in zip(regions, slots, strict=True)]
             valid = torch.cat([each[chunk] for each in slots], dim=1) >= 0
             keys = torch.cat(kv, dim=1)
-            at = torch.arange(valid.numel(), dtype=torch.int32, device=q.device).view(valid.shape)
-            asked = (q[chunk].squeeze(1), keys.flatten(0, 1).unsqueeze(1), padded(at.masked_fill(~valid, -1)))
+            asked = (q[chunk].squeeze(1), keys.flatten(0, 1).unsqueeze(1), padded(gathered(valid)))
             out = sparse_attention(
                 q=asked[0], kv=asked[1], indices=asked[2].unsqueeze(1), sm_scale=softmax_scale, d_v=head_dim_v,
                 attn_sink=attn_sink,
@@ -123,6 +122,14 @@ def each_token_apart(sparse_attention: Attend, dequantize: Dequantize) -> Attend
 def those_that_count(slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """(tokens, keys) slots; -1 for what is behind a token's length."""
     return slots.masked_fill(torch.arange(slots.shape[1], device=slots.device) >= lengths[:, None], -1)
+
+
+def gathered(valid: torch.Tensor) -> torch.Tensor:
+    """(tokens, keys) int32 numbers of the keys that count, in their order, -1 behind them: regions are wider in a
+    decode graph than in prefill, and the kernel sums by blocks of keys."""
+    at = torch.arange(valid.numel(), dtype=torch.int32, device=valid.device).view(valid.shape)
+    first = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    return at.masked_fill(~valid, -1).gather(1, first)
 
 
 def padded(indices: torch.Tensor) -> torch.Tensor:
