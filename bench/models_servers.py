@@ -44,6 +44,9 @@ MTP = (
     *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3"),
     *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4"),
 )
+# FlashInfer's fused all-reduce, which SGLang turns on for GLM-5, sets up multicast memory: a start waited three minutes
+# for it on two H200, another one until it was ended.
+TP2 = ("--tp-size", "2", "--enforce-disable-flashinfer-allreduce-fusion")
 # Random weights accept none of their own drafts. SGLang takes the first two of three for right here, and writes them.
 ACCEPTED = {"SGLANG_SIMULATE_ACC_LEN": "3", "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
 MTP_NAME = "speculative decoding with a chain of drafts (MTP, EAGLE)"
@@ -137,7 +140,7 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
     words += ["--reasoning-parser", facts.reasoning_parser, "--max-total-tokens", str(pool)]
     words += ["--mem-fraction-static", "0.85", "--base-gpu-id", str(case.gpu)]
     words += ["--swa-full-tokens-ratio", "0.5"] if facts.attention == "dsv4" else []
-    words += ["--tp-size", "2"] if case.mode.startswith("tp2") else []
+    words += TP2 if case.mode.startswith("tp2") else ()
     words += MTP if "mtp" in case.mode else ()
     words += ["--enable-fp32-lm-head"] if case.mode == "fp32-head" else []
     return words, {**os.environ, **environment_of(facts, case)}

@@ -115,7 +115,8 @@ def test_a_draft_model_is_served_and_a_models_own_layers_or_other_workers_are_no
         mtp = SimpleNamespace(**eagle, speculative_draft_model_path="target", model_config=model)
         assert len(modes.refusals(mtp, {})) == lines, name
         mtp.specgen = SpecGenConfig(kv=KvConfig(tier="peer"))
-        assert len(modes.refusals(mtp, {})) == 1, f"{name} with the tier"
+        beside = 0 if name == "GlmMoeDsaForCausalLM" else 1
+        assert len(modes.refusals(mtp, {})) == beside, f"{name} with the tier"
     for other in ({"enable_multi_layer_eagle": True}, {"speculative_adaptive": True}, {"speculative_eagle_topk": 4}):
         values = {**eagle, "speculative_draft_model_path": "draft", **other}
         (line,) = modes.refusals(SimpleNamespace(**values), {})
