@@ -14,6 +14,7 @@ The first backend's answers with the tier off are compared with every backend's 
 no float32, and in SGLang's deterministic mode its radix cache is off; so it is float16 with float32 logits, and where
 two backends part, the row says how far ahead the first one's token was (a tie: less than rounding moves it). Weights
 are those of specgen_engine/models/weights.py: `changed` says how many answers one other token in the prefix changes.
+16 forks of two bases on the server with the tier are asked of the first backend with the tier off, and compared so too.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.kv_tier_client import Answer, Client, random_ids
 from bench.kv_tier_servers import GPU_ARGUMENTS, LenderProcess, Options, gpu_beside, lender
 from bench.machine import new_report, write_report
+from bench.models_client import Client as SearchClient
+from bench.models_forks import Shape, forks_of, search_all
 from specgen_engine.errors import SpecGenError
 from specgen_engine.models.weights import SCALED, SWITCH
 from specgen_engine.serving.process import running_server
@@ -37,6 +40,17 @@ from specgen_engine.serving.process import running_server
 PROMPTS, LENGTH, TOKENS = 16, 1_000, 32
 SMALL_POOL, LARGE_POOL = 4_096, 40_960
 PRECISION = ("--dtype", "float16", "--enable-fp32-lm-head")
+SEARCHES = Shape(bases=2, longest=400)
+
+
+class Pair(NamedTuple):
+    """A backend's servers, with the tier off and with it; gpu: the lender's."""
+
+    backend: str
+    plain: Client
+    remote: Client
+    peer: LenderProcess
+    gpu: int
 
 
 def start(stack: ExitStack, options: Options, name: str, pool: int, arguments: list[str]) -> Client:
@@ -80,6 +94,14 @@ def compared(first: list[Answer], found: list[Answer]) -> dict[str, Any]:
     }
 
 
+def forks(client: Client, reference: Client) -> dict[str, Any]:
+    """What forks of two searches say, against what the reference says to their prompts."""
+    said = forks_of(search_all(SearchClient(client.url), 500, SEARCHES))
+    found = [Answer(0.0, one.output_ids, one.reused, 0) for one in said]
+    first = [reference.ask_ids(one.input_ids, len(one.output_ids), leads=True) for one in said]
+    return {"forks": len(said), "prefix_reused": sum(one.reused for one in said), **compared(first, found)}
+
+
 def revoked(client: Client, peer: LenderProcess, expected: list[Answer]) -> dict[str, Any]:
     """The same prompts while a quarter of the chunks goes back before every third."""
     chunks, equal = 0, 0
@@ -91,31 +113,37 @@ def revoked(client: Client, peer: LenderProcess, expected: list[Answer]) -> dict
     return {"answered": len(expected), "equal": equal, "chunks": chunks, "state": client.tier_state()}
 
 
-def check(options: Options, wait_for: Path | None) -> dict[str, Any]:
-    """One row: how many of the answers agree, and where their prefixes came from."""
+def start_pair(stack: ExitStack, options: Options) -> Pair:
     gpu = gpu_beside()
-    row: dict[str, Any] = {"attention_backend": options.attention_backend, "prompts": PROMPTS, "tokens": TOKENS}
-    row["lender_gpu"] = gpu
-    with ExitStack() as stack:
-        peer = stack.enter_context(lender(options, "1GiB", 2, gpu))
-        tier = ["--specgen-kv", "peer", "--specgen-kv-directory", str(peer.folder), "--specgen-kv-chunk-mib", "2"]
-        with ThreadPoolExecutor(2) as threads:
-            plain = threads.submit(start, stack, options, "off", LARGE_POOL, [])
-            remote = threads.submit(start, stack, options, "peer", SMALL_POOL, tier)
-            plain.result(), remote.result()
-            while wait_for is not None and not wait_for.exists():
-                time.sleep(0.2)
-            expected, found = answers_of(plain.result()), answers_of(remote.result())
-            row["state"] = remote.result().tier_state()
-            row["under_revocation"] = revoked(remote.result(), peer, expected)
-            row["changed"] = changed_by_a_token(plain.result(), expected)
-    return row | {
+    peer = stack.enter_context(lender(options, "1GiB", 2, gpu))
+    tier = ["--specgen-kv", "peer", "--specgen-kv-directory", str(peer.folder), "--specgen-kv-chunk-mib", "2"]
+    with ThreadPoolExecutor(2) as threads:
+        plain = threads.submit(start, stack, options, "off", LARGE_POOL, [])
+        remote = threads.submit(start, stack, options, "peer", SMALL_POOL, tier)
+        return Pair(options.attention_backend, plain.result(), remote.result(), peer, gpu)
+
+
+def check(pair: Pair, reference: Client, first: list[Answer] | None) -> tuple[dict[str, Any], list[Answer]]:
+    """A row: how many answers agree, and where their prefixes came from; and the answers with the tier off.
+
+    reference, first: the first backend's server and answers with the tier off.
+    """
+    started = time.monotonic()
+    expected, found = answers_of(pair.plain), answers_of(pair.remote)
+    row: dict[str, Any] = {"attention_backend": pair.backend, "prompts": PROMPTS, "tokens": TOKENS}
+    row |= {
+        "lender_gpu": pair.gpu,
         "equal": compared(expected, found)["equal"],
+        "to_first_backend": compared(first or expected, found),
         "own_cache_tokens": sum(one.device for one in expected),
         "device_tokens": sum(one.device for one in found),
         "tier_tokens": sum(one.tier for one in found),
-        "answers": (expected, found),
+        "state": pair.remote.tier_state(),
+        "changed": changed_by_a_token(pair.plain, expected),
+        "forks_to_first_backend": forks(pair.remote, reference),
+        "under_revocation": revoked(pair.remote, pair.peer, expected),
     }
+    return row | {"seconds": round(time.monotonic() - started)}, expected
 
 
 def main() -> int:
@@ -131,25 +159,24 @@ def main() -> int:
     args.logs.mkdir(parents=True, exist_ok=True)
     report = new_report("specgen.kv_tier_check/1", 500) | {"rows": []}
     options = [Options(args.model, "peer", name, 0, args.logs) for name in args.attention_backend]
-    with ThreadPoolExecutor(len(options)) as threads:
+    with ExitStack() as stack, ThreadPoolExecutor(len(options)) as threads:
+        starting = [threads.submit(start_pair, stack, one) for one in options]
+        wait(starting)
+        while args.wait_for is not None and not args.wait_for.exists():
+            time.sleep(0.2)
+        reference: Client | None = None
         first: list[Answer] | None = None
-        for row in threads.map(attempt, options, [args.wait_for] * len(options)):
-            answers = row.pop("answers", None)
-            if answers is not None:
-                first = first or answers[0]
-                row["to_first_backend"] = compared(first, answers[1])
+        for name, pair in zip(args.attention_backend, starting, strict=True):
+            try:
+                reference = reference or pair.result().plain
+                row, answers = check(pair.result(), reference, first)
+                first = first or answers
+            except (SpecGenError, OSError, ValueError) as error:
+                row = {"attention_backend": name, "error": str(error)}
             report["rows"].append(row)
             write_report(args.json, report)
             print(row, flush=True)
     return 0 if all(row.get("equal") == PROMPTS for row in report["rows"]) else 1
-
-
-def attempt(options: Options, wait_for: Path | None) -> dict[str, Any]:
-    started = time.monotonic()
-    try:
-        return check(options, wait_for) | {"seconds": round(time.monotonic() - started)}
-    except (SpecGenError, OSError, ValueError) as error:
-        return {"attention_backend": options.attention_backend, "error": str(error)}
 
 
 if __name__ == "__main__":

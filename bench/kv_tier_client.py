@@ -105,6 +105,10 @@ class Client:
         """Greedy, with a suffix of its own unless its number is given. Raises SpecGenError when the server refuses."""
         self._suffix += 1
         ids = prefix + random_ids(10**6 + (self._suffix if suffix is None else suffix), SUFFIX)
+        return self.ask_ids(ids, tokens, leads)
+
+    def ask_ids(self, ids: list[int], tokens: int, leads: bool = False) -> Answer:
+        """Greedy, exactly this prompt. Raises SpecGenError when the server refuses."""
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
         body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": leads, "top_logprobs_num": 2 * leads}
         start = time.perf_counter()

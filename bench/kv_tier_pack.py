@@ -56,7 +56,8 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--prebuilt", type=Path)
     args = parser.parse_args()
-    shapes = {"qwen3-8b": qwen3(4096, 36, 32, 12_288), "small": qwen3(1024, 4, 16, 3_072)}
+    # The small one says text of its tokenizer, so that it can be searched.
+    shapes = {"qwen3-8b": qwen3(4096, 36, 32, 12_288), "small": qwen3(1024, 4, 16, 3_072) | {"vocab_size": 49_152}}
     source = smollm2()
     for name, config in shapes.items():
         folder = args.out / name
