@@ -286,7 +286,7 @@ class Processes:
         if message is None:
             self._forget(child)
             self._drain(child)
-            child.exit_code = children.exit_code(child.pid, wait_s=0.15)
+            child.exit_code = children.exit_code_of_closed(child.pid, DYING_S)
         elif len(child.inbox) <= child.pending + 1:
             child.heard = time.monotonic()
             child.inbox.append(message)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from specgen_engine.evaluation import children
 from specgen_engine.evaluation.base import Candidate, Stage, Status, Task, Verdict
 from specgen_engine.evaluation.processes import Ended, Lost
 from specgen_engine.evaluation.timed import Timed
@@ -165,3 +167,26 @@ def test_a_child_with_an_orphan_s_number_is_alive() -> None:
     """The orphan's end, which nobody asked about, is not the child's."""
     done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["True None", "None"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("depth", [0, 1], ids=["itself", "below its sandbox"])
+def test_a_kill_is_told_though_the_driver_takes_its_time(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """A process's channel closes first, its CUDA context last: its exit code comes late, and is waited for."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    leaving_until = time.monotonic() + 0.6
+    below = os.getpid() if depth else child.pid  # which of them the kernel takes down
+    monkeypatch.setattr(children, "descendants", lambda *_: {os.getpid()} if depth else set())
+    monkeypatch.setattr(children, "_state_of", lambda pid: (1, pid == below and time.monotonic() < leaving_until))
+    killer = threading.Timer(0.5, child.kill)
+    killer.start()
+    assert children.exit_code_of_closed(child.pid, 5.0) == -signal.SIGKILL
+    killer.join()
+
+
+def test_who_closes_its_channel_and_lives_on_is_not_waited_for() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    began = time.monotonic()
+    assert children.exit_code_of_closed(child.pid, 5.0) is None
+    assert time.monotonic() - began < 2
+    child.kill()
+    assert children.exit_code(child.pid, wait_s=5) == -signal.SIGKILL
