@@ -104,18 +104,19 @@ def _over(speed: float | None, final: float | None) -> float | None:
 
 
 def feedback(rows: Sequence[Row]) -> dict[str, Any]:
-    """Verdicts and what they cost; per minute: of the searches' own time, added up."""
+    """Verdicts and what they cost; per minute: of the searches' own time, added up, for profiles until the last one."""
     judged = [one for row in rows for one in row["candidates"] if one["verdict_s"] is not None]
     kinds = sorted({one["kind"] for one in judged if one.get("kind")})
     good = sum(len(correct(row)) for row in rows)
     profiled = sum(one["profiled"] for row in rows for one in correct(row))
     seconds, spent = sum(row["client_s"] for row in rows), sum(tokens(row) for row in rows)
+    with_profile = sum(max([row["client_s"], *(one.get("profile_s") or 0.0 for one in correct(row))]) for row in rows)
     return {
         "correct": good,
         "profiled": profiled,
         "correct_per_minute": 60 * good / seconds,
         "correct_per_1000_tokens": 1000 * good / spent,
-        "profiled_per_minute": 60 * profiled / seconds,
+        "profiled_per_minute": 60 * profiled / with_profile,
         "profiled_per_1000_tokens": 1000 * profiled / spent,
         **latency(judged),
         "by_kind": {kind: latency([one for one in judged if one.get("kind") == kind]) for kind in kinds},

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from specgen_engine.tier.metrics import COUNTERS
 
 TIMEOUT_S = 3_600
 PAUSED = "engine_paused_s"
+PROFILE_POLL_S = 0.2
 # Of a candidate's record; texts are left out, so that a report stays small.
 CANDIDATE = (
     "hash", "source", "submitted_s", "verdict_s", "status", "speedup", "interval", "candidate_ms", "reference_ms",
@@ -45,6 +47,7 @@ class Play(NamedTuple):
 
 
 Save = Callable[[dict[str, Any]], None]
+Whole = Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 WhyNot = Callable[[Play], str | None]
 """Why a search is not started any more; None: start it."""
 Leave = Callable[[Play, str], None]
@@ -71,11 +74,12 @@ async def play_phase(
     name = {"configuration": configuration.name, "seed": seed, "phase": int(time.time())}
     async with _openai(url) as client, httpx.AsyncClient(base_url=url, timeout=60) as http:
         await _flush(http)
+        profiled = partial(until_profiled, http)
         before, counted, started = await gpu_seconds(http), await engine_counts(http), time.monotonic()
 
         async def one(play: Play) -> None:
             began = time.monotonic() - started
-            row = await play_one(client, play)
+            row = await play_one(client, play, whole=profiled)
             ended.append(play)
             save(row | name | {"began_s": round(began, 3)})
 
@@ -119,13 +123,26 @@ async def _play(
         limits.leave(play, "it still ran when the budget was over")
 
 
-async def play_one(client: AsyncOpenAI, play: Play, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
-    """One chat request, as an agent sends it."""
+async def play_one(
+    client: AsyncOpenAI, play: Play, max_tokens: int = MAX_TOKENS, whole: Whole | None = None
+) -> dict[str, Any]:
+    """One chat request, as an agent sends it. whole: makes the answer's record the one that is kept."""
     started = time.monotonic()
     request = chat_request(play.trace, play.iteration, *play.search[:2], max_tokens, play.search.fork)
     answer = await client.chat.completions.create(**request)
     client_s = time.monotonic() - started
-    return row_of(play, answer.model_dump()["sglext"]["specgen"], client_s)
+    search = answer.model_dump()["sglext"]["specgen"]
+    return row_of(play, search if whole is None else await whole(search), client_s)
+
+
+async def until_profiled(http: httpx.AsyncClient, search: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A search's record once no profile is on its way: the accepted candidate's may come after the answer."""
+    while search["profiling"]:
+        await asyncio.sleep(PROFILE_POLL_S)
+        answer = await http.get(f"/specgen/searches/{search['id']}")
+        answer.raise_for_status()
+        search = answer.json()
+    return search
 
 
 def row_of(play: Play, search: Mapping[str, Any], client_s: float) -> dict[str, Any]:
@@ -138,7 +155,8 @@ def row_of(play: Play, search: Mapping[str, Any], client_s: float) -> dict[str, 
         **{name: search[name] for name in SEARCH},
     }
     row["candidates"] = [
-        {**{name: one[name] for name in CANDIDATE}, "profiled": bool(one["profile"])} for one in search["candidates"]
+        {**{name: one[name] for name in CANDIDATE}, "profiled": bool(one["profile"]), "profile_s": one["profile_s"]}
+        for one in search["candidates"]
     ]
     row["forks"] = [{name: one[name] for name in FORK} for one in search["forks"]]
     row["verdict_tokens"] = tokens_at_verdicts(search["decisions"])

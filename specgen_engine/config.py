@@ -109,7 +109,7 @@ class EvaluationConfig(Section):
         "auto", description="isolation of candidates; require refuses a host without kernel isolation"
     )
     profile: Literal["off", "auto", "ncu", "nsys", "cupti", "torch.profiler"] = Field(
-        "off", description="profile every correct candidate, auto: by the best tool here; its verdict waits for it"
+        "off", description="profile every correct candidate behind its verdict, auto: by the best tool here"
     )
 
 

@@ -33,6 +33,7 @@ class Competition:
         self.criterion = parse_termination(termination)
         self.candidates: dict[str, CandidateRecord] = {}
         self.jobs: dict[str, Job] = {}
+        self.texts: dict[str, Candidate] = {}
         self.scored: list[Scored] = []
         self.own: CandidateRecord | None = None
         self.watches_progress = watches_progress(self.criterion)
@@ -48,6 +49,7 @@ class Competition:
             record = CandidateRecord(candidate.hash, origin, self.now(), recorded_answer=recorded, at_token=at_token)
             self.candidates[record.hash] = self._by_meaning[meaning] = record
             self.record.candidates.append(record)
+            self.texts[record.hash] = candidate
             job = self.pool.submit(
                 self.task, candidate, search=self.record.id, priority=PRIORITY[origin], fork=fork or 0
             )
@@ -66,7 +68,6 @@ class Competition:
         record.device, record.sandbox, record.verdict_s = verdict.device, verdict.sandbox, self.now()
         worked = sum(seconds for stage, seconds in verdict.stages.items() if stage != Stage.QUEUED)
         self.record.evaluation_s = round(self.record.evaluation_s + worked, 4)
-        record.profile = str((verdict.profile or {}).get("text", ""))
         record.roofline, record.order = verdict.roofline, len(self.scored)
         self.scored.append(scored_of(record))
         self.record.best = summary_of(self.leader())

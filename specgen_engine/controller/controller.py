@@ -120,6 +120,7 @@ class Controller:
             grace_s=self.settings.grace_s,
             page_size=self.manager.server_args.page_size or 1,
             prompt_ids=list(prompt_ids),
+            profile=self.settings.evaluation.profile,
         )
         try:
             script = self.book.recording(plan.task.hash, plan.iteration) if self.book else None

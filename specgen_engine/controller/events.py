@@ -47,7 +47,7 @@ class Script(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """What does not change while the session runs."""
+    """What does not change while the session runs. profile: the tool by which correct candidates are profiled."""
 
     style: ThinkingStyle
     opened: bool
@@ -56,6 +56,7 @@ class SessionOptions:
     grace_s: float
     page_size: int
     prompt_ids: list[int]
+    profile: str = "off"
 
 
 class Sent(NamedTuple):

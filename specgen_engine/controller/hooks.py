@@ -95,10 +95,7 @@ def make_pool(settings: SpecGenConfig, server_args: Any) -> Any:
             "(--specgen-evaluation-pause); --specgen-evaluation-device names another GPU",
             ",".join(shared), server_args.mem_fraction_static,
         )  # fmt: skip
-    pool = LocalPool(workers=wanted.workers, device=device, limits=limits, cache=wanted.cache)
-    if wanted.profile != "off":
-        pool.evaluate_options = {"profile": wanted.profile}
-    return pool
+    return LocalPool(workers=wanted.workers, device=device, limits=limits, cache=wanted.cache)
 
 
 def devices_shared(device: str, server_args: Any) -> list[str]:

@@ -60,6 +60,7 @@ class CandidateRecord:
     order: int | None = None
     roofline: float | None = None
     profile: str = ""
+    profile_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,10 @@ class TokenIds:
 
 @dataclass(slots=True)
 class SearchRecord:
-    """One search from its first token to its answer. ended_by: criterion | reasoning | budget | cancelled | error."""
+    """One search from its first token to its answer. ended_by: criterion | reasoning | budget | cancelled | error.
+
+    profiling: candidates whose profile is still to come; the accepted one's may come after the search's end.
+    """
 
     id: str
     task: str
@@ -135,6 +139,7 @@ class SearchRecord:
     reasoning_s: float | None = None
     wall_s: float | None = None
     evaluation_s: float = 0.0
+    profiling: int = 0
     accepted: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
     final: dict[str, Any] | None = None

@@ -41,6 +41,7 @@ from specgen_engine.controller.graft import graft
 from specgen_engine.controller.learning import Learner
 from specgen_engine.controller.notes import Notes, Publish, ignore
 from specgen_engine.controller.opening import opened_record, opening
+from specgen_engine.controller.profiling import Profiling
 from specgen_engine.controller.report import CandidateRecord, ForkRecord, summary_of
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.termination import Decision, Progress
@@ -76,6 +77,7 @@ class Session:
         self._background = Background()
         self._competition = Competition(plan.task, plan.termination, pool, self.record, self._now)
         self._notes = Notes(self.record, publish, self._now)
+        self._profiling = Profiling(options.profile, plan.task, pool, self.record, self._now, self._notes.candidate)
         self._forks = Forks(
             plan, options, engine, pool, budget, script, self.record, self._notes, learner or Learner(""), self._now,
             self._background.spawn, self._events.put_nowait,
@@ -336,6 +338,7 @@ class Session:
     def _on_verdict(self, record: CandidateRecord, verdict: Verdict) -> None:
         self._competition.judge(record, verdict)
         self._notes.candidate(record)
+        self._profiling.ask(record, self._competition.texts[record.hash])
         if record.forks and verdict.status is not Status.CANCELLED:
             self._forks.learn(record.forks[0], verdict.speedup or 0.0)
         if self.plan.feedback and verdict.digest:
@@ -382,6 +385,7 @@ class Session:
             if fork.state == "running":
                 fork.state = "cancelled"
         self._competition.close()
+        self._profiling.keep(record.accepted["hash"] if record.accepted else None)
         self._notes.ended()
 
     async def _clean_up(self) -> None:
@@ -392,6 +396,7 @@ class Session:
         self._forks.stop_all()
         await self._background.close(CLEAN_UP_S)
         self.engine.send(EndSearch(rid=self.rid, scripts=forks_of(self.rid)))
+        await self._profiling.close()
 
     def _now(self) -> float:
         return round(time.monotonic() - self._start, 4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -161,10 +161,13 @@ class Pool(Protocol):
         priority: float = 0.0,
         deadline: float | None = None,
         fork: int = 0,
+        stage: str = "evaluate",
+        options: Mapping[str, object] | None = None,
     ) -> Job:
         """Queue one evaluation. deadline is a time.monotonic() value; raises ValueError when it has passed.
 
-        fork: the fork's number in its search; the newest goes first.
+        fork: the fork's number in its search; the newest goes first. stage: evaluate, or profile for a candidate that
+        is known to be correct. options: more of the worker's request, such as profile, the tool.
         """
         ...
 

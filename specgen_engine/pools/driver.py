@@ -28,9 +28,6 @@ class Driver(Dispatcher):
     first_role: of a slot that comes up.
     """
 
-    evaluate_options: Mapping[str, object] | None = None
-    """What every evaluation is asked for besides its own options."""
-
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -134,8 +131,6 @@ class Driver(Dispatcher):
             task, candidate, search, stage=stage, priority=priority, deadline=deadline, fork=fork, could_end=could_end,
             options=options,
         )  # fmt: skip
-        if order.stage is JobStage.EVALUATE:
-            order = order._replace(options={**(self.evaluate_options or {}), **(options or {})})
         known = self.ledger.searches.get(search)
         if self.strict and (known is None or known.ended):
             raise ValueError(

@@ -114,6 +114,8 @@ class FakePool:
 
     def __init__(self, problem: str | None = None) -> None:
         self.jobs: dict[str, FakeJob] = {}
+        self.profiles: dict[str, FakeJob] = {}
+        self.asked: list[dict[str, object]] = []
         self.problem = problem
         self.queued = 0
         self.checked = asyncio.Event()
@@ -124,11 +126,20 @@ class FakePool:
         return self.problem
 
     def submit(
-        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0, deadline: Any = None, fork: int = 0
-    ) -> FakeJob:
-        assert candidate.hash not in self.jobs, "a candidate was submitted twice"
-        job = self.jobs[candidate.hash] = FakeJob(search, candidate, fork)
+        self, task: Task, candidate: Candidate, *, search: str, priority: float = 0, deadline: Any = None,
+        fork: int = 0, stage: str = "evaluate", options: Any = None,
+    ) -> FakeJob:  # fmt: skip
+        jobs = self.jobs if stage == "evaluate" else self.profiles
+        assert candidate.hash not in jobs, "a candidate was submitted twice"
+        job = jobs[candidate.hash] = FakeJob(search, candidate, fork)
+        if stage != "evaluate":
+            self.asked.append(dict(options))
         return job
+
+    def profile(self, name: str, text: str) -> None:
+        candidate = Candidate(source(name)).hash
+        told = Verdict(candidate, Status.CORRECT, speedup=1.0, stages={Stage.PROFILE: 2.0}, profile={"text": text})
+        self.profiles[candidate].result.set_result(told)
 
     def snapshot(self) -> dict[str, object]:
         return {"ready": 1, "queued": self.queued}
@@ -139,7 +150,8 @@ class FakePool:
         self.jobs[candidate].result.set_result(Verdict(candidate, status, speedup=speedup, digest=digest))
 
     def cancel_search(self, search: str) -> int:
-        running = [job for job in self.jobs.values() if not job.result.done()]
+        every = (*self.jobs.values(), *self.profiles.values())
+        running = [job for job in every if not job.result.done() and job.search == search]
         for job in running:
             job.cancel()
         return len(running)
@@ -159,7 +171,7 @@ class Rig:
         )  # fmt: skip
         settings = SessionOptions(
             style=STYLES["qwen3"], opened=True, streaming=streaming, per_search=options.pop("per_search", 2),
-            grace_s=options.pop("grace_s", 5), page_size=1, prompt_ids=PROMPT,
+            grace_s=options.pop("grace_s", 5), page_size=1, prompt_ids=PROMPT, profile=options.pop("profile", "off"),
         )  # fmt: skip
         publish = options.pop("publish", ignore)
         self.learner = Learner("toy")
@@ -226,6 +238,7 @@ def fake_manager(**server: Any) -> Any:
         "host": "127.0.0.1",
         "api_key": None,
         "enable_trace": False,
+        "dp_size": 1,
     }
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**arguments, "page_size": 1, **server}),

@@ -247,16 +247,15 @@ def test_a_tool_that_hangs_ends_at_the_stage_limit(bench: Bench, tmp_path: Path)
         short.thread.close()
 
 
-def test_a_pool_can_be_told_to_profile_every_correct_candidate(bench: Bench) -> None:
-    """As the controller's pool is by evaluation.profile."""
-    pool = bench.thread.pool
-    pool.evaluate_options = {"profile": "torch.profiler"}
-    try:
-        verdict = bench.thread.call(_plain(bench))
-    finally:
-        pool.evaluate_options = None
-    assert profile_in(verdict).tool == "torch.profiler"
+def test_a_candidate_is_profiled_by_a_job_of_its_own_behind_its_verdict(bench: Bench) -> None:
+    """As a search asks for it by evaluation.profile."""
+    verdict, profiled = bench.thread.call(_one_after_the_other(bench))
+    assert (verdict.status, verdict.profile) == (Status.CORRECT, None)
+    assert profile_in(profiled).tool == "torch.profiler"
 
 
-async def _plain(bench: Bench) -> Verdict:
-    return await bench.thread.pool.submit(TASK, Candidate(module()), search="test").verdict()
+async def _one_after_the_other(bench: Bench) -> tuple[Verdict, Verdict]:
+    pool, candidate, options = bench.thread.pool, Candidate(module()), {"profile": "torch.profiler"}
+    verdict = await pool.submit(TASK, candidate, search="test").verdict()
+    profiling = pool.submit(TASK, candidate, search="test/profile", stage="profile", options=options)
+    return verdict, await profiling.verdict()
