@@ -3,7 +3,7 @@
     python -m bench.models --json F --logs DIR --cases glm5-small:plain glm5-small:mtp@1 deepseek-v4-small:plain@1
 
 A case is MODEL:MODE[@GPU]; modes: plain, fp32-head (logits not rounded to bfloat16), invariant, fp8, mtp, mtp-accepted,
-tp2, tp2-mtp, tier, invariant-tier, invariant-mtp, tp2-invariant, mtp-tier, mtp-accepted-tier. All servers start at
+tp2, tp2-mtp, tier, invariant-tier, invariant-mtp, tp2-invariant, mtp-tier, mtp-accepted-tier, dp2. All servers start at
 once; what is timed runs alone, the other checks side by side, in the order of --steps. Real widths, few layers and
 experts, random weights that a token's whole context shows in (specgen_engine/models/weights.py). `--cases tiny:plain
 tiny:tier` rehearses all of it on a CPU.

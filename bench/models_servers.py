@@ -24,7 +24,7 @@ from specgen_engine.serving.process import running_server
 
 Mode = Literal[
     "plain", "fp32-head", "invariant", "fp8", "mtp", "mtp-accepted", "tp2", "tp2-mtp", "tier", "invariant-tier",
-    "invariant-mtp", "tp2-invariant", "mtp-tier", "mtp-accepted-tier",
+    "invariant-mtp", "tp2-invariant", "mtp-tier", "mtp-accepted-tier", "dp2",
 ]  # fmt: skip
 MODES: tuple[Mode, ...] = get_args(Mode)
 GPU_ARGUMENTS = (
@@ -47,9 +47,10 @@ MTP = (
 # FlashInfer's fused all-reduce, which SGLang turns on for GLM-5, sets up multicast memory: a start waited three minutes
 # for it on two H200, another one until it was ended.
 TP2 = ("--tp-size", "2", "--enforce-disable-flashinfer-allreduce-fusion")
+DP2 = (*TP2, "--dp-size", "2", "--enable-dp-attention")
 # Random weights accept none of their own drafts. SGLang takes the first two of three for right here, and writes them.
 ACCEPTED = {"SGLANG_SIMULATE_ACC_LEN": "3", "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token"}
-MTP_NAME = "speculative decoding with a chain of drafts (MTP, EAGLE)"
+UNTESTED = "speculative decoding with a chain of drafts (MTP, EAGLE);data parallel attention"
 STRICT = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
 TIER_POOL, FORK_POOL = 147_456, 131_072
 LENT = "3GiB"
@@ -140,7 +141,7 @@ def _gpu(case: Case, stack: ExitStack, tier: tuple[str, ...]) -> tuple[list[str]
     words += ["--reasoning-parser", facts.reasoning_parser, "--max-total-tokens", str(pool)]
     words += ["--mem-fraction-static", "0.85", "--base-gpu-id", str(case.gpu)]
     words += ["--swa-full-tokens-ratio", "0.5"] if facts.attention == "dsv4" else []
-    words += TP2 if case.mode.startswith("tp2") else ()
+    words += TP2 if case.mode.startswith("tp2") else DP2 if case.mode == "dp2" else ()
     words += MTP if "mtp" in case.mode else ()
     words += ["--enable-fp32-lm-head"] if case.mode == "fp32-head" else []
     return words, {**os.environ, **environment_of(facts, case)}
@@ -157,4 +158,4 @@ def environment_of(facts: Facts, case: Case) -> Mapping[str, str]:
         **(ACCEPTED if case.mode.startswith("mtp-accepted") else {}),
         **(invariant.ENVIRONMENT if case.is_invariant else {}),
     }
-    return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: MTP_NAME}
+    return {**facts.environment, **strict, **of_mode, SWITCH: SCALED, TRY: UNTESTED}

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from specgen_engine import config, modes, plugin, versions
 from specgen_engine.errors import SpecGenError
+from specgen_engine.scheduler import reports
 
 
 def add_cli_args(_result: Any, parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
         plugin.activate("server")
         plugin.activate("scheduler")
         plugin.mark_active()
+        if getattr(server_args, "dp_size", 1) > 1:
+            reports.await_reports()
     except SpecGenError as error:
         _refuse(str(error))
     return server_args
@@ -49,10 +52,10 @@ def _refuse_modes(server_args: Any) -> None:
 
 
 def check_schedulers(infos: list[dict[str, Any]], *_args: Any, **_kwargs: Any) -> None:
-    """Every rank must report the scheduler hooks in its init info; runs in the parent before the server is up."""
+    """Every rank of every replica must report the scheduler hooks; runs in the parent before the server is up."""
     wanted = {hook.target for hook in plugin.HOOKS if hook.process == "scheduler"}
-    for rank, info in enumerate(infos):
-        if missing := wanted - set(info.get("specgen", {}).get("hooks", ())):
+    for rank, report in enumerate(reports.of_schedulers(infos)):
+        if missing := wanted - set(report.get("hooks", ())):
             raise RuntimeError(
                 f"--enable-specgen: scheduler rank {rank} runs without the hooks on {', '.join(sorted(missing))} "
                 f"(SGLang {plugin.sglang_version()}); see its log above for the plugin's error"

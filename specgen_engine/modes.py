@@ -72,6 +72,11 @@ def _own_tier(arguments: Any) -> bool:
     return settings is not None and settings.kv.tier in ("peer", "loopback")
 
 
+def _tier_of_replicas(arguments: Any) -> bool:
+    settings = getattr(arguments, "specgen", None)
+    return _above("dp_size", 1)(arguments) and settings is not None and settings.kv.tier != "off"
+
+
 def _page_sizes(arguments: Any) -> tuple[int | None, ...]:
     return (256,) if getattr(arguments, "attention_backend", None) == "dsv4" else (None, 1, 16, 32, 64)
 
@@ -99,6 +104,8 @@ MODES: tuple[Mode, ...] = (
          "bench.models on an H200: 64 forks, equal to an empty cache in the deterministic mode, and a storm"),
     Mode("remote KV tier of DeepSeek-V4", "--specgen-kv peer, loopback", "works",
          "bench.models on two H200: 64 forks, a storm, restores of 8k to 128k tokens; losses and two ranks on a CPU"),
+    Mode("data parallel", "--dp-size", "works",
+         "tests/engine/test_replicas.py: a search's base, forks and messages keep to one replica of two"),
     Mode("sessions", "session_params, session_id", "ordinary",
          "a session's requests append to each other's KV; servers with --enable-streaming-session fork other requests"),
     Mode("structured output", "response_format, regex, ebnf, structural_tag", "ordinary",
@@ -115,9 +122,12 @@ MODES: tuple[Mode, ...] = (
     Mode("several tokenizer workers", "--tokenizer-worker-num", "refused",
          "tokenizer workers load no plugins, and a search's messages would reach any of them; use 1",
          _above("tokenizer_worker_num", 1)),
-    Mode("data parallel", "--dp-size", "refused",
-         "the data-parallel controller loads no plugins and sends a fork to any replica, away from its base's KV; "
-         "run one server a replica behind a router", _above("dp_size", 1)),
+    Mode("data parallel attention", "--enable-dp-attention", "refused",
+         "not run: its ranks step together, and what a search tells one of them comes by way of all; use --dp-size "
+         "alone", _set("enable_dp_attention"), untested=True),
+    Mode("remote KV tier beside data parallel", "--specgen-kv beside --dp-size", "refused",
+         "replicas would be one borrower to their lender, by their common parent's number; use off, or one server a "
+         "replica", _tier_of_replicas),
     Mode("pipeline parallel", "--pp-size", "refused",
          "several microbatches are in flight, and a fork point would be inserted in the midst of one; use --tp-size",
          _above("pp_size", 1)),

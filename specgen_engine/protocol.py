@@ -7,7 +7,8 @@
 | ReplayScript | controller | schedulers | -             | replay.sampler.load          |
 | EndSearch    | controller | schedulers | -             | scheduler.extension.end      |
 
-Each carries the rid of the base request (ReplayScript: of the request it scripts). Lengths count tokens of
+Each carries the rid of the base request (ReplayScript: of the request it scripts) and, to schedulers, the data-parallel
+replica that the search runs on (None on a server without any). Lengths count tokens of
 prompt + output, so that every tensor-parallel rank acts on the same number.
 """
 
@@ -16,7 +17,13 @@ from __future__ import annotations
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
 
-class WatchSearch(BaseReq, kw_only=True):  # type: ignore[call-arg]
+class ToScheduler(BaseReq, kw_only=True):  # type: ignore[call-arg]
+    """Every replica gets it, and the one it names acts."""
+
+    replica: int | None = None
+
+
+class WatchSearch(ToScheduler, kw_only=True):  # type: ignore[call-arg]
     """Sent before the base request itself, on the same socket, so that no token is missed."""
 
     trigger: str
@@ -25,7 +32,7 @@ class WatchSearch(BaseReq, kw_only=True):  # type: ignore[call-arg]
     opened: bool
 
 
-class ForkPoint(BaseReq, kw_only=True):  # type: ignore[call-arg]
+class ForkPoint(ToScheduler, kw_only=True):  # type: ignore[call-arg]
     """Insert prompt + output [0, length) of a running request into the radix tree."""
 
     length: int
@@ -48,14 +55,14 @@ class TriggerFired(BaseReq, kw_only=True):  # type: ignore[call-arg]
     inserted: int
 
 
-class ReplayScript(BaseReq, kw_only=True):  # type: ignore[call-arg]
+class ReplayScript(ToScheduler, kw_only=True):  # type: ignore[call-arg]
     """Output ids that replace the sampled ones of one request, from its first output token on."""
 
     prompt_tokens: int
     ids: list[int]
 
 
-class EndSearch(BaseReq, kw_only=True):  # type: ignore[call-arg]
+class EndSearch(ToScheduler, kw_only=True):  # type: ignore[call-arg]
     """Forget what was watched for rid and the scripts of requests whose rid starts with `scripts`."""
 
     scripts: str

@@ -217,7 +217,7 @@ def test_what_is_wrong_with_the_settings_is_one_line_and_status_2(
     for words, server, says in (
         (["--specgen-fork-total", "zero"], {}, "--specgen-fork-total: Input should be a valid integer"),
         ([], {"page_size": 3}, "--enable-specgen does not go with --page-size: untested; use 1, 16, 32 or 64"),
-        ([], {"page_size": 3, "dp_size": 2}, "replica behind a router; --page-size: "),
+        ([], {"page_size": 3, "pp_size": 2}, "use --tp-size; --page-size: "),
     ):
         with pytest.raises(SystemExit) as ended:
             read("--enable-specgen", *words, **server)

@@ -18,7 +18,8 @@ from specgen_engine.config import KvConfig, SpecGenConfig
 
 ON: dict[str, dict[str, Any]] = {
     "several tokenizer workers": {"tokenizer_worker_num": 2},
-    "data parallel": {"dp_size": 2},
+    "data parallel attention": {"enable_dp_attention": True},
+    "remote KV tier beside data parallel": {"dp_size": 2, "specgen": SpecGenConfig(kv=KvConfig(tier="peer"))},
     "pipeline parallel": {"pp_size": 2},
     "context parallel": {"attn_cp_size": 2},
     "several nodes": {"nnodes": 2},
@@ -68,7 +69,7 @@ def test_each_refused_mode_is_refused_by_itself_with_its_reason() -> None:
     assert modes.refusals(SimpleNamespace(**defaults)) == []
     assert set(ON) == {mode.name for mode in modes.MODES if mode.is_on is not None}
     for name, values in ON.items():
-        assert values.keys() <= defaults.keys(), f"{name}: SGLang has no such argument any more"
+        assert values.keys() - {"specgen"} <= defaults.keys(), f"{name}: SGLang has no such argument any more"
         (line,) = modes.refusals(SimpleNamespace(**{**defaults, **values}))
         (mode,) = (mode for mode in modes.MODES if mode.name == name)
         assert line == f"{mode.option}: {mode.why}"
@@ -93,9 +94,9 @@ def test_a_mode_that_only_lacks_a_run_can_be_tried_by_its_name() -> None:
     name = "speculative decoding with a chain of drafts (MTP, EAGLE)"
     on = SimpleNamespace(speculative_algorithm="EAGLE", speculative_eagle_topk=1)
     assert len(modes.refusals(on, {})) == 1
-    assert modes.refusals(on, {modes.TRY: f"data parallel; {name}"}) == []
-    replicas = SimpleNamespace(speculative_algorithm=None, dp_size=2)
-    assert len(modes.refusals(replicas, {modes.TRY: "data parallel"})) == 1
+    assert modes.refusals(on, {modes.TRY: f"pipeline parallel; {name}"}) == []
+    stages = SimpleNamespace(speculative_algorithm=None, pp_size=2)
+    assert len(modes.refusals(stages, {modes.TRY: "pipeline parallel"})) == 1
 
 
 def test_of_the_models_with_a_window_deepseek_v4_alone_is_served() -> None:

@@ -13,6 +13,7 @@ from specgen_engine.config import SpecGenConfig
 from specgen_engine.controller.engine import Output, SGLangEngine
 from specgen_engine.controller.events import SessionOptions
 from specgen_engine.controller.learning import Learner
+from specgen_engine.controller.ranks import Ranks
 from specgen_engine.controller.report import SearchRecord
 from specgen_engine.controller.request import Plan
 from specgen_engine.controller.session import Session
@@ -65,6 +66,7 @@ class Controller:
         override = None if settings.thinking == "auto" else settings.thinking
         self.style = style_of(template if isinstance(template, str) else None, server.reasoning_parser, override)
         self.budget = Budget(settings.fork.total)
+        self.ranks = Ranks(server.dp_size)
         self.learner = Learner(Path(server.model_path).name, settings.adaptive_state)
         self.sessions: dict[str, Session] = {}
         self.history: OrderedDict[str, SearchRecord] = OrderedDict()
@@ -126,8 +128,11 @@ class Controller:
             script = self.book.recording(plan.task.hash, plan.iteration) if self.book else None
         except ValueError as error:
             raise RequestError("iteration", str(error)) from None
+        if obj.routed_dp_rank is None:
+            obj.routed_dp_rank = self.ranks.next(self._replicas())
         engine = SGLangEngine(self.manager, generate, obj, request)
         session = Session(obj.rid, plan, options, engine, pool, self.budget, script, self._publish, self.learner)
+        session.record.replica = obj.routed_dp_rank
         self._open(session)
         try:
             async for output in session.outputs():
@@ -155,6 +160,10 @@ class Controller:
     def _open(self, session: Session) -> None:
         self.sessions[session.rid] = session
         self.metrics.searches_running.set(len(self.sessions))
+        self.metrics.observe_replicas(self.ranks.count(self._replicas()))
+
+    def _replicas(self) -> list[int | None]:
+        return [session.record.replica for session in self.sessions.values()]
 
     def _close(self, session: Session) -> None:
         """The session's last task goes on by itself: the client need not wait for aborted forks to drain."""
@@ -176,6 +185,7 @@ class Controller:
         except OSError as error:
             logger.error("specgen: the adaptive state was not saved: %s", error)
         self.metrics.observe(session.record, len(self.sessions))
+        self.metrics.observe_replicas(self.ranks.count(self._replicas()))
 
     def record(self, search: str) -> SearchRecord | None:
         session = self.sessions.get(search)

@@ -61,6 +61,7 @@ class SGLangEngine:
             lora_path=base.lora_path,
             extra_key=base.extra_key,
             routing_key=base.routing_key,
+            routed_dp_rank=base.routed_dp_rank,
             log_metrics=False,
         )
         async for output in self._outputs(fork, None):
@@ -82,7 +83,13 @@ class SGLangEngine:
         self._manager.abort_request(rid)
 
     def send(self, message: Any) -> None:
-        self._manager._dispatch_to_scheduler(message)
+        """Pickled where a data-parallel controller is between, which knows SGLang's message types alone."""
+        if self._obj.routed_dp_rank is None:
+            return self._manager._dispatch_to_scheduler(message)
+        from sglang.srt.managers.io_struct import wrap_as_pickle
+
+        message.replica = self._obj.routed_dp_rank
+        self._manager._dispatch_to_scheduler(wrap_as_pickle(message))
 
     async def client_gone(self) -> bool:
         return self._request is not None and not self._obj.background and await self._request.is_disconnected()

@@ -18,6 +18,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from specgen_engine.config import SpecGenConfig, flag_of
 from specgen_engine.controller.controller import Controller
 from specgen_engine.controller.http import add_routes
+from specgen_engine.controller.ranks import gpus_of
 from specgen_engine.controller.request import Plan, parse_options, plan_search, take_out
 from specgen_engine.controller.triggers import parse_trigger, wanted_logprobs
 from specgen_engine.errors import RequestError
@@ -102,8 +103,7 @@ def devices_shared(device: str, server_args: Any) -> list[str]:
     """Those of the evaluators' GPUs (cuda:1,cuda:2) on which this server's own ranks run."""
     if server_args.device == "cpu":
         return []
-    ranks = range(server_args.tp_size)
-    own = {f"cuda:{server_args.base_gpu_id + rank * server_args.gpu_id_step}" for rank in ranks}
+    own = {f"cuda:{gpu}" for gpu in gpus_of(server_args)}
     return [name for name in device.split(",") if ("cuda:0" if name == "cuda" else name) in own]
 
 
@@ -115,7 +115,7 @@ def _device(settings: SpecGenConfig, server_args: Any) -> str:
         return "cpu"
     import torch
 
-    spare = server_args.base_gpu_id + server_args.tp_size * server_args.gpu_id_step
+    spare = gpus_of(server_args).stop
     return f"cuda:{spare if spare < torch.cuda.device_count() else server_args.base_gpu_id}"
 
 

@@ -14,7 +14,8 @@ from specgen_engine.evaluation.base import Status
 class ForkRecord:
     """at_token: reasoning tokens before the fork. prefix_reused: cached tokens of its input. Seconds from the start.
 
-    candidate: that it wrote, or, of one that was ended as a repeat, that of the fork it follows.
+    replica: the data-parallel one that it ran on, None without any. candidate: that it wrote, or, of one that was ended
+    as a repeat, that of the fork it follows.
     """
 
     n: int
@@ -27,6 +28,7 @@ class ForkRecord:
     prefix_reused: int = 0
     prefix_computed: int = 0
     page_size: int = 1
+    replica: int | None = None
     tokens: int = 0
     finished_s: float | None = None
     candidate: str | None = None
@@ -129,6 +131,7 @@ class SearchRecord:
     trace: str | None = None
     iteration: int | None = None
     state: str = "preparing"
+    replica: int | None = None
     prompt_tokens: int = 0
     reasoning_tokens: int = 0
     recorded_reasoning_tokens: int | None = None

@@ -19,6 +19,8 @@ class Metrics:
         alive: dict[str, Any] = {**into, "multiprocess_mode": "livesum"}
         timed: dict[str, Any] = {**into, "buckets": SECONDS}
         self.searches_running = Gauge("specgen_searches_running", "Searches in progress.", **alive)
+        self.searches_on = Gauge("specgen_replica_searches_running", "By replica.", ["dp_rank"], **alive)
+        self.forks_on = Counter("specgen_replica_forks", "Forks by data-parallel replica.", ["dp_rank"], **into)
         self.searches = Counter("specgen_searches", "Searches by what ended them.", ["ended_by"], **into)
         self.accepted = Counter("specgen_accepted", "Accepted candidates by who wrote them.", ["source"], **into)
         self.forks = Counter("specgen_forks", "Forks by final state.", ["state"], **into)
@@ -40,6 +42,11 @@ class Metrics:
         self.evaluators.labels("ready").set(pool.get("ready", 0))
         self.queued.set(pool.get("queued", 0))
 
+    def observe_replicas(self, searches: list[int]) -> None:
+        """Running searches of each data-parallel replica; a server without replicas has no such series."""
+        for replica, count in enumerate(searches if len(searches) > 1 else ()):
+            self.searches_on.labels(str(replica)).set(count)
+
     def observe(self, record: SearchRecord, running: int) -> None:
         """Count a search that has ended."""
         self.searches_running.set(running)
@@ -56,6 +63,8 @@ class Metrics:
             self.tokens.labels(kind).inc(count)
         for fork in record.forks:
             self.forks.labels(fork.state.partition(":")[0]).inc()
+            if fork.replica is not None:
+                self.forks_on.labels(str(fork.replica)).inc()
             self.prefix_tokens.labels("reused").inc(fork.prefix_reused)
             self.prefix_tokens.labels("computed").inc(fork.prefix_computed)
         for candidate in record.candidates:

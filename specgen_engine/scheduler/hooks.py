@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from specgen_engine import plugin, versions
@@ -11,6 +12,7 @@ from specgen_engine.errors import HookError
 from specgen_engine.modes import tree_refusal
 from specgen_engine.protocol import EndSearch, ForkPoint, ReplayScript, WatchSearch, is_fork, register_messages
 from specgen_engine.replay import sampler
+from specgen_engine.scheduler import reports
 from specgen_engine.scheduler.extension import SchedulerExtension
 from specgen_engine.scheduler.policy import keep_order
 from specgen_engine.scheduler.turns import engine_turn
@@ -39,12 +41,28 @@ def attach(_result: None, scheduler: Any) -> None:
         sampler.forget(message.rid, message.scripts)
 
     handlers = {WatchSearch: extension.watch, ForkPoint: extension.point, ReplayScript: sampler.load, EndSearch: end}
-    scheduler._request_dispatcher._mapping.update(handlers)
+    replica = replica_of(scheduler)
+    mine = {message: partial(_on_replica, replica, handle) for message, handle in handlers.items()}
+    scheduler._request_dispatcher._mapping.update(mine)
+
+
+def replica_of(scheduler: Any) -> int | None:
+    """The scheduler's data-parallel rank; None on a server without replicas."""
+    if getattr(scheduler.server_args, "dp_size", 1) == 1:
+        return None
+    return int(versions.current().parallel(scheduler).dp_rank)
+
+
+def _on_replica(replica: int | None, handle: Callable[[Any], Any], message: Any) -> Any:
+    """The data-parallel controller gives control messages to every replica: one acts, and it alone answers."""
+    return handle(message) if replica is None or message.replica == replica else None
 
 
 def init_info(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     targets = [hook.target for hook in plugin.HOOKS if hook.process == "scheduler" and plugin.is_applied(hook)]
-    return {**info, "specgen": {"hooks": targets, "rank": versions.current().parallel(scheduler).tp_rank}}
+    report = {"hooks": targets, "rank": versions.current().parallel(scheduler).tp_rank}
+    reports.leave(report)
+    return {**info, "specgen": report}
 
 
 def run_batch(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -100,6 +118,7 @@ def internal_state(result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> 
         "free_tokens": scheduler.token_to_kv_pool_allocator.available_size(),
         "watched": len(extension.watched),
         "scripts": len(sampler.SCRIPTS),
+        "replica": replica_of(scheduler),
         "pauses": asdict(extension.turn.pauses) if extension.turn is not None else None,
     }
     return result

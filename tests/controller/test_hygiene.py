@@ -234,7 +234,8 @@ def test_a_shared_pool_that_does_not_answer_refuses_the_start() -> None:
     ],
 )  # fmt: skip
 def test_gpus_that_engine_and_evaluators_share_are_told(device: str, engine: str, shared: list[str]) -> None:
-    server_args = SimpleNamespace(device=engine, base_gpu_id=0, gpu_id_step=2, tp_size=2)
+    server_args = SimpleNamespace(device=engine, base_gpu_id=0, gpu_id_step=2, tp_size=2, dp_size=1,
+                                  enable_dp_attention=False)  # fmt: skip
     assert devices_shared(device, server_args) == shared
 
 
