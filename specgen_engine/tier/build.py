@@ -87,7 +87,9 @@ def _build_unified(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], devic
             "of each of its buffers, and the remote KV tier moves them together: leave it out"
         )
     size = ctx.params.token_to_kv_pool_allocator.size_full
-    spaces = dsv4.spaces_of(device_pool, ctx.params.page_size, size)
+    tokens, window = dsv4.spaces_of(device_pool, ctx.params.page_size, size)
+    window, draft_layers = dsv4.window_with_draft(window, device_pool, ctx.tp_worker, ctx.params.page_size)
+    spaces = tokens, window
     weights = [space.shape.page_bytes * (space.size // space.shape.page_size) for space in spaces]
     arenas = [make_arena(space, space.shape, kv) for space in spaces]
     lender = own_lender(kv, arenas[0][0], ctx.tp_rank) if kv.tier == "loopback" and kv.directory is None else None
@@ -107,6 +109,7 @@ def _build_unified(ctx: Any, kv: KvConfig, original: Callable[[Any], Any], devic
     if not isinstance(cache, UnifiedTierCache):
         raise TierError(f"--specgen-kv: SGLang made a {type(cache).__name__} for {dsv4.POOL}: use host or off")
     cache.all_lenders, cache.own_lender = [one.lenders for one in borrowed], lender
+    cache.draft_layers = draft_layers
     _write_behind_forwards(cache, ctx.tp_worker)
     for one, pool in zip(borrowed, pools, strict=True):
         one.lenders.watch(pool.move)

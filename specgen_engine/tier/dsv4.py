@@ -8,12 +8,16 @@ A page of 256 tokens of either space is one page of an arena, with planes of all
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
 
 from specgen_engine.kv.native import _kv
 from specgen_engine.tier.base import PageShape, TierError, plane_of
+from specgen_engine.tier.drafts import REMEMBERED, joined
+
+logger = logging.getLogger(__name__)
 
 POOL = "DeepSeekV4TokenToKVPool"
 KV_POOL = "DeepSeekV4SingleKVPool"
@@ -94,6 +98,41 @@ def _space(
     return Space(
         name, shape, layers, tensors, tokens, pool.device, pool.store_dtype, pool.start_layer, pool.end_layer
     )  # fmt: skip
+
+
+def window_with_draft(window: Space, pool: Any, worker: Any, page_size: int) -> tuple[Space, int]:
+    """(the window's pages with the MTP draft's keys behind the last layer's planes, layers of the draft).
+
+    SGLang's NextN layer (compress ratio 0) has window keys only, in a pool of its own that the target's window pages
+    index. Without them where that does not hold: outputs are the target's anyway.
+    """
+    draft = getattr(worker, REMEMBERED, None)
+    if draft is None:
+        return window, 0
+    try:
+        beside = _window_of(draft, pool, page_size, window)
+    except TierError as error:
+        logger.warning("the draft's KV is not kept, its guesses are worse after a restore: %s", error)
+        return window, 0
+    buffers = [*window.tier_buffers, *beside.tier_buffers]
+    return window._replace(shape=joined(window.shape, beside.shape), tier_buffers=buffers), len(beside.layers)
+
+
+def _window_of(draft: Any, pool: Any, page_size: int, window: Space) -> Space:
+    if not is_dsv4(draft):
+        raise TierError(f"its pool is a {type(draft).__name__}, the target's a {POOL}")
+    ratios = [item.compress_ratio for item in draft.layer_mapping[draft.start_layer : draft.end_layer]]
+    if any(ratios):
+        raise TierError(f"its layers have compressed blocks (ratios {ratios}), the tier keeps window keys")
+    if draft.swa_page_size != page_size or draft.swa_size < window.size:
+        raise TierError(
+            f"its window has {draft.swa_size} tokens in pages of {draft.swa_page_size}, the target's {window.size} "
+            f"in pages of {page_size}"
+        )
+    if draft.full_to_swa_index_mapping is not pool.full_to_swa_index_mapping:
+        raise TierError("its window pages are not found by the target's indices")
+    keys = [[(buffer, 1)] for buffer in draft.swa_kv_pool.kv_buffer]
+    return _space(draft, "window", keys, page_size, window.size)
 
 
 def is_dsv4(pool: Any) -> bool:
