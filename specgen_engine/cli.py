@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from specgen_engine.errors import SpecGenError
+from specgen_engine.leaving import unwound_on_sigterm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -192,7 +193,8 @@ def doctor(
 
 def main() -> None:
     try:
-        app()
+        with unwound_on_sigterm():
+            app()
     except (SpecGenError, ValueError) as error:
         print(f"specgen: {error}", file=sys.stderr)
         raise SystemExit(2) from None

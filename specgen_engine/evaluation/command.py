@@ -212,7 +212,11 @@ def _read(path: Path, limits: EvaluationLimits) -> str:
         size = path.stat().st_size
         if size > limits.source_bytes:
             raise BadInput(f"{path}: {size} bytes; at most {limits.source_bytes} are read")
-        text = path.read_bytes().decode()
+        with path.open("rb") as file:  # a device has no size, and one like /dev/zero no end
+            data = file.read(limits.source_bytes + 1)
+        if len(data) > limits.source_bytes:
+            raise BadInput(f"{path}: more than {limits.source_bytes} bytes; at most so many are read")
+        text = data.decode()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

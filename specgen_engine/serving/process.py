@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from specgen_engine.errors import SpecGenError
+from specgen_engine.leaving import unwound_on_sigterm
 from specgen_engine.serving.preload import Template
 
 
@@ -54,13 +55,14 @@ def running_server(
     variables = dict(os.environ if environment is None else environment)
     words = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
     started = time.monotonic()
-    process = psutil.Process(template.start(words, variables, log) if template else _launch(words, log, variables))
     url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_healthy(process, url, log, started + timeout_s)
-        yield Server(url, process.pid, log, time.monotonic() - started)
-    finally:
-        kill_tree(process)
+    with unwound_on_sigterm():
+        process = psutil.Process(template.start(words, variables, log) if template else _launch(words, log, variables))
+        try:
+            _wait_healthy(process, url, log, started + timeout_s)
+            yield Server(url, process.pid, log, time.monotonic() - started)
+        finally:
+            kill_tree(process)
 
 
 def _launch(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:

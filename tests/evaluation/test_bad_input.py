@@ -78,6 +78,11 @@ def test_ten_megabytes(tmp_path: Path, task: Path) -> None:
     assert "big.py: 10485760 bytes; at most 1048576 are read" in specgen(tmp_path, task, path)
 
 
+def test_a_device_without_an_end(tmp_path: Path, task: Path, good: Path) -> None:
+    assert "/dev/zero: more than 1048576 bytes" in specgen(tmp_path, task, Path("/dev/zero"))
+    assert "/dev/zero: more than " in specgen(tmp_path, Path("/dev/zero"), good)
+
+
 def test_binary_bytes(tmp_path: Path, task: Path) -> None:
     path = tmp_path / "binary.cu"
     path.write_bytes(b"\x7fELF\xff\0")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -55,3 +57,32 @@ def test_zombies_that_nobody_reaps_are_not_waited_for() -> None:
     assert time.monotonic() - began < 30
     assert child.status() == psutil.STATUS_ZOMBIE
     kill_tree(above, grace_s=0)
+
+
+SERVES = """
+import subprocess, sys, time
+from pathlib import Path
+from specgen_engine.serving import process
+
+def sleeper(arguments, log, environment):
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    print(started.pid, flush=True)
+    return started.pid
+
+process._launch, process._wait_healthy = sleeper, lambda *_: None
+with process.running_server([], Path(sys.argv[1])):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_server_ends_with_who_started_it_and_is_told_to_end(tmp_path: Path) -> None:
+    """`timeout 60 specgen replay ...` sends SIGTERM to the one that waits, not to the server in its own session."""
+    command = [sys.executable, "-c", SERVES, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        server = psutil.Process(int(parent.stdout.readline()))
+        assert parent.stdout.readline() == "up\n"
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(timeout=30) == 143
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
