@@ -73,10 +73,15 @@ class Client:
         raise SpecGenError(f"{self.url}: the cache can't be flushed: requests are still running")
 
     def state(self) -> dict[str, Any]:
-        """The scheduler's own account: memory, retractions, the tier's books."""
-        state: dict[str, Any] = self._get("/server_info")["internal_states"][0]
+        """The scheduler's own account: memory, retractions, the tier's books. Counts are those of all replicas."""
+        states: list[dict[str, Any]] = self._get("/server_info")["internal_states"]
         wanted = ("memory_usage", "specgen", "specgen_kv", "avg_spec_accept_length")
-        return {key: state[key] for key in wanted if key in state}
+        state = {key: states[0][key] for key in wanted if key in states[0]}
+        if len(states) > 1:
+            own = [one["specgen"] for one in states]
+            counts = ("free_tokens", "watched", "scripts", "forks_retracted", "ordinary_retracted")
+            state["specgen"] = {**own[0], **{name: sum(one[name] for one in own) for name in counts}}
+        return state
 
     def _get(self, path: str) -> Any:
         return self._checked(self._http.get(self.url + path))

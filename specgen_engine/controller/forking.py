@@ -176,7 +176,7 @@ class Forks:
                 output = step
                 record.tokens = max(record.tokens, len(step.ids))  # an abort comes without ids
                 record.prefix_reused = int(step.meta.get("cached_tokens", 0))
-                record.replica = step.meta.get("dp_rank")
+                record.replica = step.meta.get("dp_rank", record.replica)  # an abort comes without it
                 self._said.hear(record.n, step.ids)
                 if record.tokens >= looked_at + LOOK_TOKENS and record.state == "running":
                     looked_at = record.tokens

@@ -25,7 +25,25 @@ def searched(client: Client) -> list[tuple[list[Any], dict[str, Any]]]:
     return [tokens_of(answer, client)[1:] for answer in answers]
 
 
+def watched(client: Client) -> list[int]:
+    """Searches that each replica's scheduler looks after, fewest first."""
+    return sorted(one["specgen"]["watched"] for one in client.get("/server_info").json()["internal_states"])
+
+
+def asked_by_http(client: Client) -> tuple[list[int], dict[str, Any]]:
+    """What is watched while one search runs, and its record, with a fork that is asked for by HTTP alone."""
+    search = {**SEARCH, "trigger": "every:100000"}
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(client.chat, "Say more.", search, max_tokens=3_000)
+        asked = False
+        while not running.done() and not asked:
+            now = [one for one in client.get("/specgen/searches").json()["searches"] if one["state"] == "reasoning"]
+            asked = bool(now) and client.post(f"/specgen/searches/{now[0]['id']}/fork").is_success
+        return watched(client), tokens_of(running.result(), client)[2]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_search_keeps_to_one_replica(start_server: StartServer) -> None:
     with start_server("--tiny", "--dp-size", "2", "--specgen-fork-per-search", "8", "--enable-metrics") as client:
         found = searched(client)
@@ -33,7 +51,7 @@ def test_a_search_keeps_to_one_replica(start_server: StartServer) -> None:
         compared = 0
         for forks, record in found:
             for ids, fork in zip(forks, record["forks"], strict=True):
-                assert fork["replica"] == record["replica"]
+                assert fork["replica"] == record["replica"] or not fork["tokens"]
                 if fork["state"] not in ("stop", "length"):
                     continue
                 # All but the newest token, whose KV is not written yet: on the other replica it would be the prompt's.
@@ -46,6 +64,9 @@ def test_a_search_keeps_to_one_replica(start_server: StartServer) -> None:
         assert compared >= 8
         ordinary = {client.generate([5, 6, 7, last], 2)["meta_info"]["dp_rank"] for last in range(4)}
         assert ordinary == {0, 1}
+        seen, record = asked_by_http(client)
+        assert seen == [0, 1]
+        assert [fork["replica"] for fork in record["forks"]] == [record["replica"]]
         states = [one["specgen"] for one in client.get("/server_info").json()["internal_states"]]
         assert sorted(state["replica"] for state in states) == [0, 1]
         assert [state["watched"] for state in states] == [0, 0]
