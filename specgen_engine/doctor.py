@@ -14,13 +14,14 @@ import queue
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from specgen_engine.files import require_writable, write_whole
 
 PROBE_LIMIT_S = 20.0
 COMMAND_LIMIT_S = 10.0
@@ -59,10 +60,12 @@ def collect() -> dict[str, Any]:
 
 def doctor(json: Path | None = None) -> int:
     """Print the findings, write them to `json` when given; 0, since what is missing is a finding and not a failure."""
+    if json is not None:
+        require_writable(json, "--json")
     findings = collect()
     print("\n".join(report(findings)))
     if json is not None:
-        _write_whole(json, json_module.dumps(findings, indent=2) + "\n")
+        write_whole(json, json_module.dumps(findings, indent=2) + "\n")
     return 0
 
 
@@ -82,12 +85,6 @@ def report(findings: dict[str, Any]) -> Iterator[str]:
     yield f"  {len(hooks['rows']) - len(broken)} of {len(hooks['rows'])} fit sglang {hooks['sglang']}"
     for row in broken:
         yield f"  {row['target']}: {row['problem']}: --enable-specgen refuses to start"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, delete=False, encoding="utf-8") as scratch:
-        scratch.write(text)
-    os.replace(scratch.name, path)
 
 
 def _bounded(name: str, probe: Callable[[], list[Piece]], limit_s: float = PROBE_LIMIT_S) -> list[Piece]:

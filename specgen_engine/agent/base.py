@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,8 +28,9 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("iterations", "minutes", "tokens", "gpu_seconds"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise AgentError(f"--{name.replace('_', '-')} {value}: must be above zero; leave it out for no limit")
+            if value is not None and not 0 < value < math.inf:
+                flag = f"--{name.replace('_', '-')}"
+                raise AgentError(f"{flag} {value}: must be above zero and finite; leave it out for no limit")
 
 
 @dataclass(frozen=True, slots=True)

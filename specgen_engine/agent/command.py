@@ -19,12 +19,13 @@ from specgen_engine.agent.history import History
 from specgen_engine.agent.judging import Judge
 from specgen_engine.agent.loop import Run, Update
 from specgen_engine.agent.prompts import describe
-from specgen_engine.agent.report import as_dict, as_html, write_text
+from specgen_engine.agent.report import as_dict, as_html
 from specgen_engine.controller.termination import parse_termination
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.evaluation.base import Task
 from specgen_engine.evaluation.command import require_device, require_profiler
 from specgen_engine.evaluation.tasks.base import read_text
+from specgen_engine.files import require_writable, write_whole
 from specgen_engine.observability.machine import new_report, write_report
 
 INTERRUPTED = 130
@@ -52,8 +53,8 @@ class Options:
             parse_trigger(self.asking.trigger, "--trigger")
         if self.asking.termination is not None:
             parse_termination(self.asking.termination, "--termination")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise AgentError(f"--json {self.json}: its folder does not exist; make it first")
+        if self.json is not None:
+            require_writable(self.json, "--json")
 
     def folder(self) -> Path:
         return self.out or Path(f"specgen-{task_name(self.task)}")
@@ -69,7 +70,11 @@ def optimize(options: Options) -> None:
     require_device(options.device)
     require_profiler(options.profile, flag="--profile")
     folder = options.folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AgentError(f"--out {folder}: {error.strerror}; name a folder, or one that can be made") from None
+    require_writable(folder / "report.json", "--out")
     console = Console(stderr=True)
     try:
         ended_by = asyncio.run(_run(options, task, folder, console))
@@ -142,9 +147,9 @@ def _write_files(
     write_report(folder / "report.json", report)
     if json is not None:
         write_report(json, report)
-    write_text(folder / "report.html", as_html(task.name, settings, attempts, spent, ended_by))
+    write_whole(folder / "report.html", as_html(task.name, settings, attempts, spent, ended_by))
     if best is not None and best.source is not None:
-        write_text(folder / "best.py", best.source)
+        write_whole(folder / "best.py", best.source)
 
 
 class Board:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,10 @@ class Asking:
     trigger: str | None = None
     termination: str | None = None
     recorded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not math.isfinite(self.temperature):
+            raise AgentError(f"--temperature {self.temperature}: must be finite; leave it out for the endpoint's own")
 
 
 Progress = Callable[[dict[str, Any]], None]

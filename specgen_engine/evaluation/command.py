@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json as json_module
 import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.errors import SpecGenError
+from specgen_engine.files import require_writable, write_whole
 from specgen_engine.kv.toolchain import find_nvcc
 from specgen_engine.observability.machine import describe_machine, new_report
 from specgen_engine.pools.local import LocalPool
@@ -66,12 +66,13 @@ def evaluate(
     traces: a .jsonl that gets one FlashInfer Trace a verdict (FlashInfer Trace tasks only).
     workers: default 1 on a CPU; on a GPU one for two cores, at most MAX_WORKERS: they compile side by side and take
     turns on the GPU.
-    Raises BadInput or TaskError (a task or file that can't be used, no such device) before anything is written.
+    Raises BadInput, TaskError or another SpecGenError (a task or file that can't be used, no such device) before
+    anything is written.
     """
     limits = limits or EvaluationLimits()
     for option, path in (("--json", json), ("--traces", traces)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise BadInput(f"{option} {path}: its folder does not exist; make it first")
+        if path is not None:
+            require_writable(path, option)
     require_device(device)
     require_profiler(profile)
     loaded = load_task(task)
@@ -90,7 +91,8 @@ def evaluate(
     if json is not None:
         head = new_report("specgen.verdicts/1", None)  # seeds come from the operating system
         told = {"task": loaded.name, "format": str(loaded.format), "device": device, "sandbox": sandbox}
-        _write(json, head | told | {"verdicts": [row_of(one) for one in judged]})
+        report = head | told | {"verdicts": [row_of(one) for one in judged]}
+        write_whole(json, json_module.dumps(report, indent=1))
     if traces is not None:
         _write_traces(traces, loaded, named, judged, device)
 
@@ -246,10 +248,3 @@ def _installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w") as file:
-        json_module.dump(report, file, indent=1)
-    os.replace(temporary, path)

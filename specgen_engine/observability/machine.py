@@ -13,11 +13,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from specgen_engine.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,16 +119,6 @@ def new_report(schema: str, seed: int | None, module: str | None = None) -> dict
 def write_report(path: Path, report: dict[str, Any], text: str = "") -> None:
     """Write JSON whole or not at all; text: the same in Markdown, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as target:
-        try:
-            json.dump(report, target, indent=1, allow_nan=False)
-            target.write("\n")
-        except BaseException:
-            os.unlink(target.name)
-            raise
-    os.chmod(target.name, 0o644)
-    os.replace(target.name, path)
+    write_whole(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if text:
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text)
-        os.replace(part, path.with_suffix(".md"))
+        write_whole(path.with_suffix(".md"), text)

@@ -20,6 +20,7 @@ from specgen_engine.controller.thinking import without_thinking
 from specgen_engine.controller.triggers import parse_trigger
 from specgen_engine.errors import SpecGenError
 from specgen_engine.evaluation.base import Candidate
+from specgen_engine.files import require_writable
 from specgen_engine.observability.machine import new_report, write_report
 from specgen_engine.replay.trace import Iteration, Trace, load_traces
 from specgen_engine.serving.command import prepare
@@ -56,13 +57,15 @@ class ReplayOptions:
             raise SpecGenError(f"--mode {self.mode!r}: use one of {', '.join(MODES)}")
         parse_trigger(self.trigger, "--trigger")
         parse_termination(self.termination, "--termination")
+        if not 0 < self.base_share <= 1:
+            raise SpecGenError(f"--base-share {self.base_share}: use a share above 0, at most 1")
 
 
 def replay(options: ReplayOptions) -> None:
     """Play every trace and print its report as JSON on stdout unless --json names a file."""
     traces = load_traces(options.traces)
-    if options.json is not None and not options.json.parent.is_dir():
-        raise SpecGenError(f"--json {options.json}: folder {options.json.parent} does not exist; make it first")
+    if options.json is not None:
+        require_writable(options.json, "--json")
     with (
         tempfile.TemporaryDirectory(prefix="specgen-replay-") as scratch,
         replay_server(traces, options, Path(scratch)) as server,
@@ -167,9 +170,15 @@ def recorded_sources(iteration: Iteration) -> list[tuple[str, str]]:
     return [(name, source) for name, text in reversed(answers) if (source := extract_candidate(text)) is not None]
 
 
+def reasoning_of(row: dict[str, Any]) -> str:
+    """N of M recorded tokens. A search's count has the closing mark too, which a recording's has not."""
+    recorded = row["recorded_reasoning_tokens"]
+    return f"{min(row['reasoning_tokens'], recorded)} of {recorded}"
+
+
 def one_line(row: dict[str, Any]) -> str:
     accepted = row["accepted"]
     kernel = f"{accepted['source']} {accepted['speedup']:.2f}x" if accepted and accepted.get("speedup") else "no kernel"
-    tokens = f"{row['reasoning_tokens']} of {row['recorded_reasoning_tokens']} reasoning tokens"
+    tokens = f"{reasoning_of(row)} reasoning tokens"
     ended = f"{len(row['forks'])} forks, ended by {row['ended_by']}, {kernel}"
     return f"{row['trace']}/{row['iteration']}: {row['wall_s']:.1f} s, {tokens}, {ended}"

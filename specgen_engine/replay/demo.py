@@ -15,7 +15,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from specgen_engine.controller.answers import extract_candidate
-from specgen_engine.replay.command import ReplayOptions, play, replay_server
+from specgen_engine.replay.command import ReplayOptions, play, reasoning_of, replay_server
 from specgen_engine.replay.trace import load_traces
 
 BUNDLED = Path(__file__).parent / "bundled" / "cpu_row_softmax"
@@ -79,8 +79,7 @@ def _summary(sequential: dict[str, Any], specgen: dict[str, Any]) -> str:
         (
             f"end to end (replayed): sequential {slow:.1f} s, SpecGen {fast:.1f} s, ratio {slow / fast:.2f}",
             "speed-up of the kernel: " + ", ".join(f"{name} {_x(kernel)}" for name, kernel in speeds),
-            f"reasoning tokens: {specgen['reasoning_tokens']} of {specgen['recorded_reasoning_tokens']}; "
-            f"fork tokens {specgen['fork_tokens']}",
+            f"reasoning tokens: {reasoning_of(specgen)}; fork tokens {specgen['fork_tokens']}",
         )
     )
 

@@ -192,6 +192,10 @@ def test_a_task_that_fails_its_own_reference_is_an_error(endpoint: Scripted, tas
     [
         (["--iterations", "0"], "--iterations 0: must be above zero"),
         (["--tokens", "0"], "--tokens 0: must be above zero"),
+        (["--minutes", "inf"], "--minutes inf: must be above zero and finite"),
+        (["--gpu-seconds", "nan"], "--gpu-seconds nan: must be above zero and finite"),
+        (["--temperature", "inf"], "--temperature inf: must be finite"),
+        (["--temperature", "nan"], "--temperature nan: must be finite"),
         (["--searches", "0"], "--searches 0: must be at least 1"),
         (["--trigger", "sometimes"], "--trigger='sometimes'"),
         (["--json", "/no/such/folder/f.json"], "its folder does not exist"),
@@ -202,6 +206,13 @@ def test_bad_arguments_are_one_line(task: Path, arguments: list[str], said: str)
     result = CliRunner().invoke(app, ["optimize", str(task), "--out", str(task.parent / "out"), *arguments])
     assert said in str(result.exception)
     assert not (task.parent / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_one_line(task: Path) -> None:
+    for out, says in ((task, "File exists; name a folder"), (task / "deeper", "Not a directory; name a folder")):
+        with pytest.raises(AgentError, match=rf"--out {out}: {says}"):
+            run(task, "http://127.0.0.1:1/v1", out=out)
+    assert task.read_text() == TASK
 
 
 @pytest.mark.parametrize("ours", [False, True])

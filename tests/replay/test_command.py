@@ -11,7 +11,7 @@ from specgen_engine.controller.answers import extract_candidate
 from specgen_engine.controller.report import CandidateRecord, SearchRecord
 from specgen_engine.errors import SpecGenError
 from specgen_engine.evaluation.base import Candidate, Status
-from specgen_engine.replay.command import ReplayOptions, recorded_sources, row_of
+from specgen_engine.replay.command import ReplayOptions, one_line, recorded_sources, row_of
 from specgen_engine.replay.trace import load_traces
 
 BUNDLED = Path(__file__).parents[2] / "specgen_engine" / "replay" / "bundled" / "cpu_row_softmax"
@@ -54,3 +54,16 @@ def test_options_are_checked_before_a_server_is_started(wrong: dict[str, str]) -
     with pytest.raises((SpecGenError, ValueError)) as error:
         ReplayOptions((BUNDLED,), **wrong)  # type: ignore[arg-type]
     assert next(iter(wrong.values())) in str(error.value)
+
+
+@pytest.mark.parametrize("share", [7, 0, -1, float("nan")])
+def test_a_base_share_is_refused_under_its_own_name(share: float) -> None:
+    with pytest.raises(SpecGenError, match=f"^--base-share {share}: use a share above 0, at most 1"):
+        ReplayOptions((BUNDLED,), base_share=share)
+
+
+@pytest.mark.parametrize(("counted", "said"), [(3474, "3472 of 3472 "), (1200, "1200 of 3472 ")])
+def test_a_line_never_says_more_tokens_than_were_recorded(counted: int, said: str) -> None:
+    assert f", {said}reasoning tokens" in one_line(
+        row(reasoning_tokens=counted, recorded_reasoning_tokens=3472, wall_s=1.0)
+    )

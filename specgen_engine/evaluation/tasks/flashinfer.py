@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ...files import write_whole
 from ..base import Status, Task, Verdict
 from .base import Format, LoadedTask, TaskError, Workload, read_text
 
@@ -144,10 +143,7 @@ def append_traces(path: Path, traces: Iterable[Trace]) -> None:
     if before and not before.endswith("\n"):
         before += "\n"
     lines = "".join(trace.model_dump_json(indent=None) + "\n" for trace in traces)
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w") as file:
-        file.write(before + lines)
-    os.replace(temporary, path)
+    write_whole(path, before + lines)
 
 
 def _validated(model: Any, text: str, path: Path) -> Any:
