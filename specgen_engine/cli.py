@@ -136,7 +136,9 @@ def optimize(
 def lend(
     size: Annotated[str, typer.Option("--specgen-kv-lend", help="auto, or a size: 24GiB, 500MB", metavar="BYTES|auto")],
     device: Annotated[int, typer.Option(min=0, help="the GPU whose memory is lent")] = 0,
-    backend: Annotated[str, typer.Option(help="cuda, or loopback: shared memory, without a GPU")] = "cuda",
+    backend: Annotated[
+        Literal["cuda", "loopback"], typer.Option(help="loopback: shared memory, without a GPU")
+    ] = "cuda",
     directory: Annotated[Path | None, typer.Option(help="of the socket; default: where servers look")] = None,
     chunk_mib: Annotated[int, typer.Option(min=1, help="size of a chunk; the same at server and lenders")] = 64,
     name: Annotated[str, typer.Option(help="of the socket")] = "",
@@ -150,18 +152,20 @@ def lend(
 @app.command()
 def evaluator(
     gpus: Annotated[str | None, typer.Option(help="GPUs to evaluate on, as nvidia-smi counts: 1,2,3")] = None,
-    cpus: Annotated[int, typer.Option(help="instead of GPUs: workers on the CPU")] = 0,
+    cpus: Annotated[int, typer.Option(min=0, help="instead of GPUs: workers on the CPU")] = 0,
     join: Annotated[
         str | None, typer.Option(help="address of a pool that runs; default: start one", metavar="ADDRESS")
     ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="of a new pool: processes on one GPU: they compile side by side")
     ] = 2,
-    port: Annotated[int, typer.Option(help="of a new pool")] = 6380,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of a new pool")] = 6380,
     journal: Annotated[
         Path | None, typer.Option(help="of a new pool: file in which jobs outlive a crash", metavar="FILE")
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="serve the pool's Prometheus series here")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="serve the pool's Prometheus series here")
+    ] = None,
     lend: Annotated[
         str | None,
         typer.Option(help="of a new pool: memory of each GPU that servers may use for KV pages", metavar="BYTES"),

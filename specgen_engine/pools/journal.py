@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import SpecGenError
+
 APPLICATION_ID = 0x53504543
 VERSION = 1
 BUSY_S = 10.0
@@ -42,7 +44,7 @@ CREATE INDEX open_jobs ON jobs (state) WHERE state IN ('queued', 'running');
 """
 
 
-class JournalError(RuntimeError):
+class JournalError(SpecGenError, RuntimeError):
     """A journal that cannot be used; the message names the file, what is wrong with it and what to do."""
 
 

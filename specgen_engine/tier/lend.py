@@ -16,7 +16,7 @@ from specgen_engine.config import KvConfig
 from specgen_engine.kv.__main__ import answer
 from specgen_engine.kv.base import Backend, KvError
 from specgen_engine.kv.cuda import CudaBackend
-from specgen_engine.kv.lender import Lender
+from specgen_engine.kv.lender import Lender, private_directory
 from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.tier.base import TierError
 
@@ -78,16 +78,21 @@ def lend(
 ) -> int:
     """Lend until SIGTERM, or until a pipe on stdin ends or says close; commands as in `python -m specgen_engine.kv`.
 
-    Raises TierError for a size that can't be lent, naming what fits.
+    Raises TierError for a size that can't be lent, naming what fits; for a directory or a name that can't be used.
     """
+    if "/" in name or name.startswith("."):
+        raise TierError(f"--name {name}: names a socket in its folder; use one without / and without a dot first")
     wanted = parse_bytes(size)
     offer = plan_offer(wanted, free_memory(backend, device), chunk_mib << 20)
-    folder = KvConfig(directory=directory).socket_directory
+    folder = _usable(KvConfig(directory=directory).socket_directory)
     try:
         memory: Backend = LoopbackBackend() if backend == "loopback" else CudaBackend(device)
-        lender = Lender(folder, name or f"{backend}{device}", memory, offer.chunk_bytes, offer.chunks)
     except KvError as error:
         raise TierError(f"--specgen-kv-lend {size}: {error}") from None
+    try:
+        lender = Lender(folder, name or f"{backend}{device}", memory, offer.chunk_bytes, offer.chunks)
+    except KvError as error:
+        raise TierError(f"--directory, --name: {error}") from None
     print(json.dumps({"ready": str(lender.path), **offer._asdict()}), flush=True)
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -96,6 +101,18 @@ def lend(
         pass
     lender.close()
     return 0
+
+
+def _usable(folder: Path) -> Path:
+    """Made, or found, with mode 700. Raises TierError."""
+    try:
+        return private_directory(folder)
+    except FileExistsError:
+        raise TierError(f"--directory {folder}: is no folder; name one, or one that can be made") from None
+    except OSError as error:
+        raise TierError(f"--directory {folder}: {error.strerror}; name a folder that can be made") from None
+    except KvError as error:
+        raise TierError(f"--directory: {error}") from None
 
 
 def _obey(lender: Lender) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from specgen_engine.cli import app
 from specgen_engine.evaluation.base import Candidate, Status
 from specgen_engine.evaluation.limits import EvaluationLimits
 from specgen_engine.pools import evaluator as command
@@ -77,6 +79,33 @@ def test_a_port_that_is_taken_or_a_journal_cut_short(two_gpus, tmp_path: Path) -
     (tmp_path / "j.db").write_bytes(b"SQLite format 3\0")
     with pytest.raises(JournalError, match=r"j\.db: the journal is damaged or cut short"):
         evaluator(EvaluatorOptions(cpus=1, port=free_port(), journal=tmp_path / "j.db"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "limit"),
+    [
+        ("--port", "99999999", "less than or equal to 65535"),
+        ("--port", "0", "greater than or equal to 1"),
+        ("--metrics-port", "65536", "less than or equal to 65535"),
+        ("--cpus", "-1", "greater than or equal to 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_command_line(two_gpus, option: str, value: str, limit: str) -> None:
+    result = CliRunner().invoke(app, ["evaluator", "--cpus", "1", option, value])
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert f"Invalid value for '{option}': Input should be {limit}" in said
+
+
+def test_a_bad_journal_is_one_line_of_the_command(two_gpus, tmp_path: Path) -> None:
+    (tmp_path / "j.db").write_bytes(b"SQLite format 3\0")
+    words = ["evaluator", "--cpus", "1", "--port", str(free_port()), "--journal", str(tmp_path / "j.db")]
+    done = subprocess.run(
+        [sys.executable, "-m", "specgen_engine", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "j.db: the journal is damaged or cut short; move it away" in line
 
 
 @pytest.mark.parametrize(("code", "asks"), [("UNAUTHENTICATED", True), ("UNIMPLEMENTED", False), (None, False)])

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tests.tier.support  # noqa: F401  (skipped where that is)
+from specgen_engine.cli import app
 from specgen_engine.config import KvConfig, SpecGenConfig
 from specgen_engine.kv.lender import Lender
 from specgen_engine.kv.loopback import LoopbackBackend
 from specgen_engine.tier.base import TierError, page_shape, plane_of, register_pool
 from specgen_engine.tier.hooks import prepare_arguments, radix_cache
-from specgen_engine.tier.lend import parse_bytes, plan_offer
+from specgen_engine.tier.lend import lend, parse_bytes, plan_offer
 
 MIB = 1 << 20
 
@@ -149,3 +151,28 @@ def test_the_lend_command_says_it_in_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "what fits is 1 to" in line
+
+
+@pytest.mark.parametrize(
+    ("directory", "name", "says"),
+    [
+        ("file", "", "--directory .*file: is no folder"),
+        ("file/deeper", "", "--directory .*deeper: Not a directory"),
+        ("open", "", "--directory: .*mode 755: it must be yours, mode 700"),
+        ("new", "../x", r"--name \.\./x: .* without / "),
+        ("new", ".x", r"--name \.x: "),
+        ("new", "x" * 200, "--directory, --name: socket path .* use a shorter one"),
+    ],
+)
+def test_the_lend_command_names_the_option_that_is_wrong(tmp_path: Path, directory: str, name: str, says: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(TierError, match=says):
+        lend("64MiB", 0, "loopback", tmp_path / directory, name=name)
+    assert list(tmp_path.rglob("*.sock")) == []
+
+
+def test_the_lend_command_names_the_backends_there_are() -> None:
+    result = CliRunner().invoke(app, ["lend", "--specgen-kv-lend", "auto", "--backend", "nope"])
+    assert result.exit_code == 2
+    assert "'nope' is not one of 'cuda', 'loopback'" in " ".join(result.output.replace("│", " ").split())
