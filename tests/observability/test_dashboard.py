@@ -81,8 +81,11 @@ def filled() -> CollectorRegistry:
     """Every metric with a value of each label that a search gives it."""
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    metrics.observe(ended_record(), 0)
+    record = ended_record()
+    record.forks[0].replica = 1
+    metrics.observe(record, 0)
     metrics.observe_pool({"busy": 1, "ready": 2, "queued": 3})
+    metrics.observe_replicas([1, 0])
     return registry
 
 
