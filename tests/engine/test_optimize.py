@@ -74,7 +74,8 @@ def outcome(report: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.timeout(1500)
-def test_killed_at_three_random_points_it_ends_as_unbroken(replaying: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("starts", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_ends_as_unbroken(replaying: Client, tmp_path: Path, starts: int) -> None:
     whole = tmp_path / "whole"
     unbroken = finish(start(replaying, whole), whole)
     assert [one["generation"]["search"]["ended_by"] for one in unbroken["attempts"]] == ["criterion"] * ITERATIONS
@@ -83,7 +84,7 @@ def test_killed_at_three_random_points_it_ends_as_unbroken(replaying: Client, tm
 
     seed = random.randrange(1 << 30)
     points, cut, kills = random.Random(seed), tmp_path / "cut", 0
-    for _ in range(3):
+    for _ in range(starts):
         process = start(replaying, cut)
         time.sleep(points.uniform(3.0, unbroken["seconds"] / 2 + 3.0))
         kills += process.poll() is None
