@@ -23,7 +23,7 @@ from .base import Candidate
 from .candidates.forms import detect_form
 from .limits import EvaluationLimits
 from .profile.base import CHOICES, ProfileError, Tool
-from .tasks.base import Format, LoadedTask, Workload
+from .tasks.base import Format, LoadedTask, TaskError, Workload, read_text
 from .tasks.load import load_task
 from .verdict_table import Judged, row_of, table_of
 
@@ -211,21 +211,9 @@ def _read_candidate(path: Path, limits: EvaluationLimits) -> str:
 
 def _read(path: Path, limits: EvaluationLimits) -> str:
     try:
-        size = path.stat().st_size
-        if size > limits.source_bytes:
-            raise BadInput(f"{path}: {size} bytes; at most {limits.source_bytes} are read")
-        with path.open("rb") as file:  # a device has no size, and one like /dev/zero no end
-            data = file.read(limits.source_bytes + 1)
-        if len(data) > limits.source_bytes:
-            raise BadInput(f"{path}: more than {limits.source_bytes} bytes; at most so many are read")
-        text = data.decode()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: binary bytes, not a text (byte {error.start})") from error
-    if "\0" in text:
-        raise BadInput(f"{path}: binary bytes, not a text (byte {text.index(chr(0))})")
-    return text
+        return read_text(path, limits.source_bytes)
+    except TaskError as error:
+        raise BadInput(str(error)) from None
 
 
 def _write_traces(path: Path, loaded: LoadedTask, named: list[Given], judged: list[Judged], device: str) -> None:

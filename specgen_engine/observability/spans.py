@@ -1,6 +1,6 @@
 """OpenTelemetry spans of searches, under SGLang's own flags (--enable-trace, --otlp-traces-endpoint, /set_trace_level).
 
-    specgen.search > specgen.fork > specgen.compile, specgen.check, specgen.time, specgen.profile
+    specgen.search > specgen.fork > specgen.compile, specgen.check, specgen.time
 
 SGLang sets up the provider and its exporter; the spans here are made from the same events as the live view, with the
 times of the search. A search is a child of SGLang's span of its base request, so that one trace shows both.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-STAGES = ("compile", "check", "time", "profile")
+STAGES = ("compile", "check", "time")
 FORKS_LEVEL, STAGES_LEVEL = 1, 2
 
 ParentOf = Callable[[str], Any]

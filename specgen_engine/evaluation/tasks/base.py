@@ -50,11 +50,11 @@ def read_text(path: Path, most: int = TASK_BYTES) -> str:
     try:
         size = path.stat().st_size
         if size > most:
-            raise TaskError(f"{path}: {size} bytes; at most {most} are read as a task")
+            raise TaskError(f"{path}: {size} bytes; at most {most} are read")
         with path.open("rb") as file:  # a device has no size, and one like /dev/zero no end
             data = file.read(most + 1)
         if len(data) > most:
-            raise TaskError(f"{path}: more than {most} bytes; at most so many are read as a task")
+            raise TaskError(f"{path}: more than {most} bytes; at most so many are read")
         text = data.decode()
     except OSError as error:
         raise TaskError(f"{path}: {error.strerror}") from error
